@@ -1,0 +1,36 @@
+"""fastmono: train a whole grid of toy models at once, and see how monosemantic each one came out.
+
+`train` a `Grid` of `ModelSpec`s into a run directory, `load_run` it again; `metrics` measures, `plots` draws.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastmono import metrics
+from fastmono.run import Run, ToyModel, load_run
+from fastmono.runner import plan_run, train
+from fastmono.spec import PRESETS, Grid, ModelSpec, preset
+
+__version__ = "0.1.0"
+__all__ = [
+    "PRESETS",
+    "Grid",
+    "ModelSpec",
+    "Run",
+    "ToyModel",
+    "load_run",
+    "metrics",
+    "plan_run",
+    "plots",
+    "preset",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "plots":  # loads matplotlib, which a training script may do without
+        import importlib
+
+        return importlib.import_module("fastmono.plots")
+    raise AttributeError(f"module 'fastmono' has no attribute {name!r}")

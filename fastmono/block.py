@@ -1,0 +1,171 @@
+"""The state of training models: parameters, moments, projections, initial values; and what a precision means.
+
+A model's W_in [k, m], b [k] and W_outT [k, o] (W_out transposed, so that a neuron is a row of all three) are views of
+one flat float32 buffer of its own, each starting on a 64-byte boundary, as are its moments: whatever an engine computes
+from them cannot depend on which models stand beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fastmono.philox import Purpose, normals, uniforms
+from fastmono.spec import ModelSpec
+
+TENSORS = ("W_in", "b", "W_outT")
+ALIGNMENT = 16  # float32 numbers in 64 bytes
+
+
+def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """The shape of each trained tensor, as engines hold it."""
+    k = spec.n_neurons
+    return {"W_in": (k, spec.d_embed), "b": (k,), "W_outT": (k, spec.d_output)}
+
+
+def views(spec: ModelSpec, flat: Tensor) -> dict[str, Tensor]:
+    """The trained tensors as views of a model's flat buffer."""
+    found, offset = {}, 0
+    for name, shape in shapes(spec).items():
+        size = functools.reduce(int.__mul__, shape)
+        found[name] = flat[offset : offset + size].view(shape)
+        offset += -(-size // ALIGNMENT) * ALIGNMENT
+    return found
+
+
+def flat_size(spec: ModelSpec) -> int:
+    """Numbers in a model's flat buffer: its parameters and the padding between them, which stays 0."""
+    return sum(-(-functools.reduce(int.__mul__, shape) // ALIGNMENT) * ALIGNMENT for shape in shapes(spec).values())
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """PyTorch with one thread: reductions and factorisations that depend on the number of threads do not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@functools.lru_cache(maxsize=256)
+def projection(seed: int, purpose: Purpose, n_features: int, d_embed: int) -> Tensor:
+    """A random projection, float32 [m, N], shared and not to be written to (recipe fact 2).
+
+    A Gaussian N x m matrix, the U of its thin singular value decomposition, rows scaled to unit length, transposed.
+    """
+    gaussian = normals(seed, purpose, 0, n_features * d_embed).view(n_features, d_embed)
+    with single_thread():
+        U = torch.linalg.svd(gaussian, full_matrices=False).U
+        return (U / torch.linalg.vector_norm(U, dim=1, keepdim=True)).T.float().contiguous()
+
+
+def initial_values(spec: ModelSpec) -> dict[str, Tensor]:
+    """W_in, b and W_outT before the first step: U(-1, 1) / sqrt(fan_in), and `init_bias` added to b (recipe fact 4)."""
+
+    def draw(tensor: int, shape: tuple[int, ...], fan_in: int) -> Tensor:
+        count = functools.reduce(int.__mul__, shape)
+        u = uniforms(spec.seed, Purpose.INITIAL_WEIGHTS, tensor, count)
+        return ((2 * u - 1) / fan_in**0.5).view(shape)
+
+    k, m, o = spec.n_neurons, spec.d_embed, spec.d_output
+    W_in, b, W_out = draw(0, (k, m), m), draw(1, (k,), m) + spec.init_bias, draw(2, (o, k), k)
+    return {"W_in": W_in.float(), "b": b.float(), "W_outT": W_out.T.float()}
+
+
+class Model:
+    """One model in training, at its initial values; with `projections` (P, P2), all zero and to be filled in.
+
+    Attributes:
+        parameters, first_moment, second_moment: flat buffers; the moments are empty for SGD.
+        tensors: the parameters by name, views.
+        P, P2: the projections, [m, N]; P2 is None but for the reprojector.
+        diverged_step: the step (from 1) whose loss or update was not finite, or None.
+        snapshot: the flat parameters at the last power-of-two step (or 0), where a diverged model is frozen.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype = torch.float32,
+        projections: tuple[Tensor, Tensor | None] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.parameters = torch.zeros(flat_size(spec), dtype=dtype)
+        self.tensors = views(spec, self.parameters)
+        self.P2: Tensor | None = None
+        if projections is None:
+            for name, value in initial_values(spec).items():
+                self.tensors[name].copy_(value)
+            self.P = projection(spec.seed, Purpose.PROJECTION, spec.n_features, spec.d_embed).to(dtype)
+            if spec.task == "reprojector":
+                self.P2 = projection(spec.seed, Purpose.SECOND_PROJECTION, spec.n_features, spec.d_embed).to(dtype)
+        else:  # a model that was saved: whoever restores it fills in the rest
+            self.P, self.P2 = projections
+        moments = 0 if spec.optimizer == "sgd" else flat_size(spec)
+        self.first_moment = torch.zeros(moments, dtype=dtype)
+        self.second_moment = torch.zeros(moments, dtype=dtype)
+        self.diverged_step: int | None = None
+        self.snapshot = self.parameters.clone()
+
+    def freeze(self) -> None:
+        """Put a diverged model back to its snapshot, for good."""
+        self.parameters.copy_(self.snapshot)
+        self.first_moment.zero_()
+        self.second_moment.zero_()
+
+
+class Block:
+    """Models that an engine advances together, all at the same step and of one shape class (`shape_class`)."""
+
+    def __init__(self, models: Sequence[Model], step: int = 0) -> None:
+        self.models = list(models)
+        self.step = step
+        """Updates already made."""
+
+    @classmethod
+    def new(cls, specs: Iterable[ModelSpec], dtype: torch.dtype = torch.float32) -> Block:
+        """Models at their initial values."""
+        return cls([Model(spec, dtype) for spec in specs])
+
+    @property
+    def specs(self) -> tuple[ModelSpec, ...]:
+        """The models' specs, in order."""
+        return tuple(model.spec for model in self.models)
+
+    def active(self) -> list[int]:
+        """Indices of the models that still train: not diverged, and with steps left."""
+        return [i for i, m in enumerate(self.models) if m.diverged_step is None and self.step < m.spec.steps]
+
+
+def shape_class(spec: ModelSpec) -> tuple[object, ...]:
+    """Models of one block agree in this; seed, learning rate, biases, l1 and the distribution's skew may differ."""
+    return (
+        spec.task, spec.n_features, spec.d_embed, spec.n_neurons,
+        spec.activation, spec.optimizer, spec.batch_size, spec.steps,
+    )  # fmt: skip
+
+
+def round_to_tf32(x: Tensor) -> Tensor:
+    """float32 rounded to ten mantissa bits, ties to even, still float32; infinities and NaN are kept."""
+    bits = x.view(torch.int32)
+    rounded = (bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF
+    return torch.where(x.isfinite(), rounded.view(torch.float32), x)
+
+
+def round_to_bf16(x: Tensor) -> Tensor:
+    """float32 rounded to seven mantissa bits, ties to even, still float32."""
+    return x.bfloat16().float()
+
+
+PRECISIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "fp32": lambda x: x,
+    "tf32": round_to_tf32,
+    "bf16": round_to_bf16,
+}
+"""What a precision does to the operands of every matrix product. Everything else is float32 always."""

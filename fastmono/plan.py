@@ -1,0 +1,246 @@
+"""What a run will do: which models are left, which worker trains which blocks, and what that takes.
+
+Models are dealt to workers in an order that keeps those of one shape and stream together, so that a batch is sampled
+once for all of them. The deal is only a schedule: no result depends on it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastmono.block import flat_size, shape_class, single_thread
+from fastmono.engines import ENGINES
+from fastmono.metrics import EVALUATION_SAMPLES, NAMES
+from fastmono.philox import stream_key
+from fastmono.spec import Grid, ModelSpec
+from fastmono.store import KEPT_STATES, LOG_EVERY, SCHEMA, Saved
+from fastmono.trainer import BlockJob, Options, keeps_checkpoint, steps_left
+
+MEMORY_SHARE = 0.8
+"""Of the memory that is free, what a run may plan to use."""
+PROCESS_BYTES = 350 * 2**20
+"""A worker with PyTorch loaded."""
+SHORT_SECONDS = 6.0
+"""A run expected to be shorter than this is trained in this process: workers take seconds to start."""
+OVERHEAD_SECONDS = 80e-6
+"""A model-step's calls into PyTorch, and a word of the feature sampler: measured on a 2.6 GHz Zen 5 core."""
+WORD_SECONDS = 12e-9
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan is made for."""
+
+    cores: int
+    memory: int | None
+    """Bytes free, None where the system does not say."""
+    flops: float
+    """Float32 operations a second of one core, in a matrix product."""
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    with suppress(AttributeError):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that are free, within the limit of this process's control group."""
+    free = None
+    with suppress(OSError, ValueError, AttributeError):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError, IndexError):
+        line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
+        free = int(line.split()[1]) * 1024
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        free = limit if free is None else min(free, limit)
+    return free
+
+
+def this_machine() -> Machine:
+    """Measured in about 20 ms."""
+    a = torch.full((384, 384), 0.5)
+    best = math.inf
+    with single_thread():
+        for _ in range(6):
+            started = time.perf_counter()
+            torch.mm(a, a)
+            best = min(best, time.perf_counter() - started)
+    return Machine(cores(), free_memory(), 2 * 384**3 / best)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it starts. Bytes, operations and seconds are estimates of what is left to do."""
+
+    grid: Grid
+    hashes: tuple[str, ...]
+    saved: Mapping[str, Saved]
+    options: Options
+    reason: str
+    """Why this engine and precision."""
+    shards: tuple[tuple[BlockJob, ...], ...]
+    """One for each worker; a worker trains its blocks one after another."""
+    memory: int
+    disk: int
+    flops: int
+    model_steps: int
+    seconds: float
+
+    @property
+    def finished(self) -> int:
+        """Models that need no more steps."""
+        return sum(steps_left(spec, self.saved.get(name)) == 0 for spec, name in self.items())
+
+    def items(self) -> Iterable[tuple[ModelSpec, str]]:
+        """Each model with its content hash, in the grid's order."""
+        return zip(self.grid.specs, self.hashes, strict=True)
+
+
+def content_hashes(grid: Grid, options: Options) -> tuple[str, ...]:
+    """What each model's results are committed under."""
+    return tuple(spec.content_hash(options.engine, options.precision, SCHEMA) for spec in grid)
+
+
+def model_bytes(spec: ModelSpec) -> int:
+    """Memory of one model in training, and of its initial values while they are made."""
+    history = 4 * (spec.steps // LOG_EVERY + 1) + 8 * len(NAMES) * (spec.steps.bit_length() + 1)
+    projections = 4 * spec.n_features * spec.d_embed * (2 if spec.task == "reprojector" else 1)
+    return 4 * 4 * flat_size(spec) + projections + history
+
+
+def block_bytes(specs: Iterable[ModelSpec], engine: str) -> int:
+    """Memory that training models of one shape takes, beyond the process itself."""
+    specs = list(specs)
+    spec = specs[0]
+    workspace = ENGINES[engine].workspace_bytes(spec, len({stream_key(s) for s in specs}))
+    held_out = 4 * min(EVALUATION_SAMPLES * spec.n_features, 2**24) + 2**22
+    drawing = 8 * max(5 * spec.n_features * spec.d_embed, 8 * spec.n_neurons * max(spec.d_embed, spec.d_output))
+    saving = 2 * max(map(model_bytes, specs)) * len(specs)  # stacked, and as the bytes of a file
+    return sum(map(model_bytes, specs)) + workspace + max(held_out, drawing, saving)
+
+
+def disk_bytes(spec: ModelSpec, policy: str) -> int:
+    """What one model leaves on disk."""
+    steps = [0, *(1 << i for i in range(spec.steps.bit_length())), spec.steps]
+    kept = len({step for step in steps if keeps_checkpoint(policy, step, spec.steps)})
+    projections = 4 * spec.n_features * spec.d_embed * (2 if spec.task == "reprojector" else 1)
+    return kept * (4 * spec.n_parameters + projections) + KEPT_STATES * model_bytes(spec) + model_bytes(spec) // 4
+
+
+def model_seconds(spec: ModelSpec, machine: Machine, sharing: int) -> float:
+    """One step of one model on one core, when so many models share its batches."""
+    words = spec.batch_size * spec.n_features * (2 if spec.task == "abs" else 1)
+    return 1.15 * spec.flops_per_step / machine.flops + OVERHEAD_SECONDS + words * WORD_SECONDS / sharing
+
+
+def make_plan(
+    grid: Grid, options: Options, reason: str, saved: Mapping[str, Saved], workers: int | str, machine: Machine
+) -> Plan:
+    """Deal the models that are left to workers.
+
+    Args:
+        saved: the newest good state of each model that has one, by content hash.
+        workers: how many processes, or "auto": a core each, but this process alone for a run of seconds.
+
+    Raises:
+        ValueError: a model does not fit this machine's memory.
+    """
+    hashes = content_hashes(grid, options)
+    sharing: dict[object, int] = {}
+    for spec in grid:
+        key = shape_class(spec), stream_key(spec)
+        sharing[key] = sharing.get(key, 0) + 1
+    cost = [
+        steps_left(spec, saved.get(name)) * model_seconds(spec, machine, sharing[shape_class(spec), stream_key(spec)])
+        for spec, name in zip(grid, hashes, strict=True)
+    ]
+    left = [i for i, seconds in enumerate(cost) if seconds]
+    if workers == "auto":
+        workers = 1 if sum(cost) < SHORT_SECONDS else machine.cores
+    workers = max(1, min(int(workers), len(left)))
+    budget = None
+    if machine.memory is not None:
+        budget = int(machine.memory * MEMORY_SHARE)
+        workers = _fitting_workers([grid[i] for i in left], options.engine, workers, budget)
+        budget = budget // workers - PROCESS_BYTES
+
+    order = sorted(range(len(grid)), key=lambda i: (repr(shape_class(grid[i])), repr(stream_key(grid[i])), i))
+    members: list[list[int]] = [[] for _ in range(workers)]
+    before, total = 0.0, sum(cost) or 1.0
+    for i in order:  # by the middle of its cost, so that small differences do not move a model to another worker
+        members[min(workers - 1, int(workers * (before + cost[i] / 2) / total))].append(i)
+        before += cost[i]
+    shards = [
+        _blocks([(grid[i], hashes[i], saved.get(hashes[i])) for i in shard], options, budget) for shard in members
+    ]
+    shards = [shard for shard in shards if shard]
+    pending = [(spec, saved.get(name)) for spec, name in zip(grid, hashes, strict=True)]
+    return Plan(
+        grid=grid,
+        hashes=hashes,
+        saved=saved,
+        options=options,
+        reason=reason,
+        shards=tuple(shards),
+        memory=sum(PROCESS_BYTES + max(block_bytes(job.specs, options.engine) for job in shard) for shard in shards),
+        disk=sum(disk_bytes(spec, options.checkpoints) for spec, state in pending if steps_left(spec, state)),
+        flops=sum(steps_left(spec, state) * spec.flops_per_step for spec, state in pending),
+        model_steps=sum(steps_left(spec, state) for spec, state in pending),
+        seconds=max((sum(cost[i] for i in shard) for shard in members), default=0.0),
+    )
+
+
+def _fitting_workers(specs: Iterable[ModelSpec], engine: str, workers: int, budget: int) -> int:
+    """As many workers as can each hold the largest model."""
+    largest = max(specs, key=lambda spec: block_bytes([spec], engine), default=None)
+    if largest is None:
+        return workers
+    needed = block_bytes([largest], engine) + PROCESS_BYTES
+    if needed > budget:
+        raise ValueError(
+            f"n_features={largest.n_features}, n_neurons={largest.n_neurons}, batch_size={largest.batch_size}, "
+            f"steps={largest.steps}: one such model takes {_gib(needed)}, and {_gib(budget)} may be used here"
+        )
+    return min(workers, budget // needed)
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:,.1f} GiB"
+
+
+def _blocks(
+    models: list[tuple[ModelSpec, str, Saved | None]], options: Options, budget: int | None
+) -> tuple[BlockJob, ...]:
+    """Blocks of one shape class and step that fit the budget; those with nothing left to train are dropped."""
+
+    def key(model: tuple[ModelSpec, str, Saved | None]) -> tuple[str, int]:
+        return repr(shape_class(model[0])), model[2].step if model[2] else 0
+
+    blocks = []
+    for _, group in itertools.groupby(sorted(models, key=key), key):
+        group_models = list(group)
+        size = len(group_models)
+        while (
+            budget is not None
+            and size > 1
+            and block_bytes((m[0] for m in group_models[:size]), options.engine) > budget
+        ):
+            size = -(-size // 2)
+        for start in range(0, len(group_models), size):
+            part = group_models[start : start + size]
+            if any(steps_left(spec, saved) for spec, _, saved in part):
+                blocks.append(BlockJob(*(tuple(column) for column in zip(*part, strict=True))))
+    return tuple(blocks)

@@ -1,0 +1,113 @@
+"""How a run is doing: one live line in a terminal; a line every ten seconds elsewhere, and in the log file."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from fastmono.trainer import Event
+
+LINE_SECONDS = 10.0
+WINDOW_SECONDS = 20.0
+"""Rates are averaged over this long."""
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 42 s, 3 min 5 s, 2 h 10 min."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+class Progress:
+    """Counts what the workers report, and shows it while used as a context manager.
+
+    Args:
+        model_steps, flops: what is left to do.
+        log: a file to which every line is appended.
+        console: where the line is shown; None shows nothing.
+    """
+
+    def __init__(self, model_steps: int, flops: int, log: Path, console: Console | None) -> None:
+        self.total_steps, self.total_flops = model_steps, flops
+        self.console = console
+        self.log_file = log.open("a", encoding="utf-8")
+        self.done_steps = self.done_flops = 0
+        self.step: dict[str, int] = {}
+        self.loss: dict[str, float | None] = {}
+        self.mono: dict[str, float | None] = {}
+        self.started = self.last_line = time.monotonic()
+        self.window: deque[tuple[float, int, int]] = deque([(self.started, 0, 0)])
+        self.live: Live | None = None
+
+    def __enter__(self) -> Progress:
+        if self.console is not None and self.console.is_terminal:
+            self.live = Live(Text("starting"), console=self.console, refresh_per_second=4, transient=True)
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live is not None:
+            self.live.stop()
+        self.log(self.line())
+        self.log_file.close()
+
+    def log(self, text: str, show: bool = False) -> None:
+        """Append to the log file, and show it above the line if asked."""
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), text.replace("\n", "\n    "), file=self.log_file, flush=True)
+        if show and self.console is not None:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def update(self, event: Event) -> None:
+        """Count an event of a worker, and show the line when it is time to."""
+        now = time.monotonic()
+        if event["kind"] == "progress":
+            if not self.done_steps:
+                self.log(f"first step after {now - self.started:.1f} s")
+            block = event["models"][0]
+            self.done_steps += event["model_steps"]
+            self.done_flops += event["flops"]
+            self.step[block], self.loss[block], self.mono[block] = event["step"], event["best_loss"], event["mono"]
+            self.window.append((now, self.done_steps, self.done_flops))
+            while now - self.window[0][0] > WINDOW_SECONDS and len(self.window) > 2:
+                self.window.popleft()
+        if self.live is not None:
+            self.live.update(Text(self.line(), no_wrap=True, overflow="ellipsis"))
+        if now - self.last_line >= LINE_SECONDS:
+            self.last_line = now
+            self.log(self.line(), show=self.live is None)
+
+    def rates(self) -> tuple[float, float]:
+        """Model-steps and operations a second, of late."""
+        (then, steps, flops), now = self.window[0], self.window[-1][0]
+        if now <= then:
+            return 0.0, 0.0
+        return (self.done_steps - steps) / (now - then), (self.done_flops - flops) / (now - then)
+
+    def line(self) -> str:
+        """Share done, steps, rates, time left, best loss and largest monosemantic fraction."""
+        steps, flops = self.rates()
+        left = duration((self.total_flops - self.done_flops) / flops) + " left" if flops else "time left unknown"
+        parts = [f"{self.done_flops / max(self.total_flops, 1):4.0%}"]
+        if self.step:
+            low, high = min(self.step.values()), max(self.step.values())
+            parts.append(f"step {low:,}" if low == high else f"steps {low:,} to {high:,}")
+        parts += [f"{steps:,.0f} model-steps/s", f"{flops / 1e9:,.1f} GFLOP/s", left]
+        losses = [loss for loss in self.loss.values() if loss is not None]
+        shares = [share for share in self.mono.values() if share is not None]
+        if losses:
+            parts.append(f"best loss {min(losses):.4g}")
+        if shares:
+            parts.append(f"monosemantic/N up to {max(shares):.2f}")
+        return "  ".join(parts)

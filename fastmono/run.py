@@ -1,0 +1,168 @@
+"""A trained run, read from its directory: the table, the curves, the models as tensors and as modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmono.files import BadFile, TensorFile
+from fastmono.plan import content_hashes
+from fastmono.spec import ModelSpec
+from fastmono.store import COLUMNS, RunDirectory, parse_row, read_csv
+from fastmono.tasks import ACTIVATION
+from fastmono.trainer import Options
+
+
+class Run:
+    """A run directory. Nothing is written; what is read is verified, and never executed.
+
+    Attributes:
+        path: the directory.
+        grid, specs: what was asked for.
+        engine, precision: what trained it.
+        table: one dict a model: every field of its spec, its status and results (NaN where there is none yet).
+        losses: float32 [n_models, n_logged], NaN where a model has no entry.
+        logged_steps: int64 [n_logged], counted from 1.
+        checkpoint_steps: int64 [n_checkpoints].
+        metrics: measures at checkpoints by name (`fastmono.metrics.NAMES`), float64 [n_models, n_checkpoints].
+
+    Raises:
+        ValueError: the directory holds no run, or one of its files is damaged (the message names it).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.directory = RunDirectory(path)
+        self.path = self.directory.path
+        about = self.directory.read_grid()
+        self.grid = about["grid"]
+        self.specs: tuple[ModelSpec, ...] = self.grid.specs
+        self.engine, self.precision = about["engine"], about["precision"]
+        self.about: Mapping[str, Any] = {k: v for k, v in about.items() if k not in ("grid", "models")}
+        self._hashes = content_hashes(self.grid, Options(self.engine, self.precision))
+        self.table = self._read_table()
+        self._read_history()
+        self._where: dict[tuple[int, int], tuple[TensorFile, int]] | None = None
+
+    def _read_table(self) -> list[dict[str, Any]]:
+        path = self.path / "models.csv"
+        rows = read_csv(path, COLUMNS)
+        if len(rows) != len(self.specs):
+            raise BadFile(path, f"has {len(rows)} rows for {len(self.specs)} models")
+        return [parse_row(path, spec, row) for spec, row in zip(self.specs, rows, strict=True)]
+
+    def _read_history(self) -> None:
+        file = TensorFile(self.path / "history.safetensors")
+        tensors = file.read_all()
+        try:
+            self.losses, self.logged_steps = tensors["losses"], tensors["logged_steps"]
+            self.checkpoint_steps, measures = tensors["checkpoint_steps"], tensors["measures"]
+            names = file.header["measures"]
+            fits = self.losses.shape == (len(self.specs), len(self.logged_steps)) and measures.shape == (
+                len(self.specs), len(self.checkpoint_steps), len(names),
+            )  # fmt: skip
+        except (KeyError, TypeError):
+            fits = False
+        if not fits:
+            raise BadFile(file.path, "is not the history of this grid")
+        self.metrics: dict[str, Tensor] = dict(zip(names, measures.unbind(2), strict=True))
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __repr__(self) -> str:
+        done = sum(row["status"] in ("done", "diverged") for row in self.table)
+        return f"<Run {self.path}: {len(self)} models, {done} finished>"
+
+    def _index(self) -> dict[tuple[int, int], tuple[TensorFile, int]]:
+        """Where each (model, step) lies; read once."""
+        if self._where is None:
+            number = {name: i for i, name in enumerate(self._hashes)}
+            self._where = {}
+            for kind in ("state", "checkpoint"):
+                for file, models in self.directory.files(kind):
+                    for row, name in enumerate(models):
+                        if name in number:
+                            self._where[number[name], file.header["step"]] = file, row
+        return self._where
+
+    def _number(self, i: int) -> int:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"model {i}: the run has models 0 to {len(self) - 1}")
+        return i % len(self)
+
+    def kept_steps(self, i: int) -> list[int]:
+        """The steps after which model i's parameters are on disk, ascending."""
+        i = self._number(i)
+        last = self.specs[i].steps
+        return sorted(step for model, step in self._index() if model == i and step <= last)
+
+    def parameters(self, i: int, step: int | None = None) -> dict[str, Tensor]:
+        """Model i after so many steps (None: the newest on disk), as float32 tensors.
+
+        Returns W_in [k, m], b [k], W_out [o, k], P [m, N], and P2 [m, N] for the reprojector. A model that diverged is
+        frozen at the last power-of-two step before, and gives that for every later step. Raises `IndexError` for a
+        model and `ValueError` for a step that the run does not have.
+        """
+        i = self._number(i)
+        steps = self.kept_steps(i)
+        if not steps:
+            raise ValueError(f"model {i} of {self.path} has nothing on disk yet")
+        wanted = steps[-1] if step is None else step
+        diverged = self.table[i]["diverged_step"]
+        if diverged is not None and wanted >= diverged:
+            # States after the divergence hold the frozen parameters whatever their own step is.
+            frozen = 1 << (diverged - 1).bit_length() - 1 if diverged > 1 else 0
+            wanted = next((s for s in reversed(steps) if s >= diverged), frozen)
+        if wanted not in steps:
+            raise ValueError(f"step={step}: model {i} of {self.path} has steps {', '.join(map(str, steps))}")
+        file, row = self._index()[i, wanted]
+        share = file.header["projection"][row]
+        names = {"W_in": row, "b": row, "W_out": row, "P": share}
+        if self.specs[i].task == "reprojector":
+            names["P2"] = share
+        return {name: file.read(name, at) for name, at in names.items()}
+
+    def module(self, i: int, step: int | None = None) -> ToyModel:
+        """Model i as an ordinary module, from embedding [..., m] to output [..., o]; otherwise as `parameters`."""
+        return ToyModel(self.parameters(i, step), self.specs[self._number(i)].activation)
+
+
+class ToyModel(nn.Module):
+    """A trained model: `decode(phi(encode(x)))` for embeddings x [..., m], giving [..., o].
+
+    Args:
+        params: W_in [k, m], b [k], W_out [o, k], P [m, N].
+        activation: relu | gelu | solu.
+    """
+
+    P: Tensor
+
+    def __init__(self, params: Mapping[str, Tensor], activation: str) -> None:
+        super().__init__()
+        W_in, W_out = params["W_in"], params["W_out"]
+        self.encode = nn.Linear(W_in.shape[1], W_in.shape[0])
+        self.decode = nn.Linear(W_out.shape[1], W_out.shape[0], bias=False)
+        self.activation = activation
+        self.register_buffer("P", params["P"].clone())
+        with torch.no_grad():
+            self.encode.weight.copy_(W_in)
+            self.encode.bias.copy_(params["b"])
+            self.decode.weight.copy_(W_out)
+
+    def embed(self, f: Tensor) -> Tensor:
+        """The embedding P f, [..., m], of features f [..., N]."""
+        return f @ self.P.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs [..., o] for embeddings x [..., m]."""
+        output: Tensor = self.decode(ACTIVATION[self.activation](self.encode(x)))
+        return output
+
+
+def load_run(path: str | Path) -> Run:
+    """The run in a directory, finished or not. `ValueError` when there is none, or a file of it is damaged."""
+    return Run(path)

@@ -1,0 +1,367 @@
+"""The run directory: what is in it, and how it is written.
+
+    grid.json            schema version, every spec, engine, precision, versions, device, command line
+    models.csv           one row a model: spec, status, results
+    telemetry.csv        what is not a result: worker, seconds, rate
+    history.safetensors  losses, and every measure at every checkpoint
+    run.log              one line an event
+    checkpoints/         step-<step>-<block>.safetensors    parameters after 0, 1, 2, 4, 8, ... steps and the last
+                         state-<block>-<step>.safetensors   everything that continues a block, the two newest
+    figures/
+
+The state files are the truth, committed per model under a content hash of its spec, engine, precision and schema; the
+tables and the history are derived from them at any time. A block is only a schedule: any block can be put together
+from the states of other blocks.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmono.block import Model, views
+from fastmono.files import BadFile, TensorFile, read_json, write_bytes, write_tensors
+from fastmono.metrics import NAMES
+from fastmono.spec import FIELDS, Grid, ModelSpec
+
+SCHEMA = 1
+STATUSES = ("pending", "running", "done", "diverged", "failed", "stopped")
+RESULTS = (
+    "status", "final_loss", "eval_loss", "mono_neurons", "mono_per_feature", "mono_per_neuron", "dead_neurons",
+    "mean_bias", "density", "diverged_step",
+)  # fmt: skip
+WHOLE_RESULTS = ("mono_neurons", "dead_neurons", "diverged_step")
+TELEMETRY = ("model", "hash", "device", "worker", "sessions", "seconds", "model_steps", "model_steps_per_second")
+LOG_EVERY = 16
+FINAL_STEPS = 1024
+MOMENTS = ("first_moment", "second_moment")
+KEPT_STATES = 2
+
+
+def logged_steps(steps: int) -> Tensor:
+    """The steps (from 1) whose loss a model of so many steps logs: 1, 17, 33, ... and its last, int64."""
+    logged = torch.arange(1, steps + 1, LOG_EVERY, dtype=torch.int64)
+    return logged if logged[-1] == steps else torch.cat((logged, torch.tensor([steps])))
+
+
+def checkpoint_steps(steps: int) -> list[int]:
+    """1, 2, 4, 8, ... and the last."""
+    powers = [1 << i for i in range(steps.bit_length())]
+    return powers if powers[-1] == steps else [*powers, steps]
+
+
+def final_loss(losses: Tensor, steps: int) -> float:
+    """Mean of the losses [n_logged] logged in the last 1,024 steps; of a shorter run, in all of its second half."""
+    first = steps - FINAL_STEPS if steps >= FINAL_STEPS else steps / 2
+    return float(losses[logged_steps(steps) > first].double().mean())
+
+
+def contract_tensors(spec: ModelSpec, flat: Tensor) -> dict[str, Tensor]:
+    """W_in [k, m], b [k] and W_out [o, k] from an engine's flat buffer."""
+    tensors = views(spec, flat)
+    return {"W_in": tensors["W_in"], "b": tensors["b"], "W_out": tensors["W_outT"].T}
+
+
+def load_flat(spec: ModelSpec, flat: Tensor, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Inverse of `contract_tensors`, into `flat`; shapes are checked (`ValueError`)."""
+    for name, view in views(spec, flat).items():
+        value = tensors[prefix + ("W_out" if name == "W_outT" else name)]
+        value = value.T if name == "W_outT" else value
+        if value.shape != view.shape or value.dtype != view.dtype:
+            raise ValueError(f"{prefix}{name} is {list(value.shape)} {value.dtype}, not {list(view.shape)} float32")
+        view.copy_(value)
+
+
+def _pack(models: Sequence[Model], with_state: bool) -> dict[str, Tensor]:
+    """All models' tensors, stacked; the projections once for each that is different."""
+
+    def stack(part: str) -> dict[str, Tensor]:
+        each = [contract_tensors(model.spec, getattr(model, part)) for model in models]
+        prefix = "" if part == "parameters" else part + "."
+        return {prefix + name: torch.stack([tensors[name] for tensors in each]) for name in each[0]}
+
+    packed = stack("parameters")
+    distinct = {id(model.P): model for model in models}.values()
+    packed["P"] = torch.stack([model.P for model in distinct])
+    if models[0].P2 is not None:
+        packed["P2"] = torch.stack([model.P2 for model in distinct if model.P2 is not None])
+    if with_state:
+        for part in ("snapshot", *(MOMENTS if len(models[0].first_moment) else ())):
+            packed |= stack(part)
+    return packed
+
+
+def block_id(hashes: Iterable[str]) -> str:
+    """Twelve hexadecimal digits that name a set of models."""
+    return hashlib.sha256(" ".join(sorted(hashes)).encode()).hexdigest()[:12]
+
+
+@dataclass
+class BlockHistory:
+    """What a block has logged: losses, one [A] tensor a logged step, and measures, one [A, n_measures] a checkpoint."""
+
+    losses: list[Tensor] = dataclasses.field(default_factory=list)
+    measures: list[Tensor] = dataclasses.field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Where a model's newest good state lies: a row of a state file that was verified."""
+
+    path: str
+    row: int
+    step: int
+    diverged_step: int | None
+
+
+class RunDirectory:
+    """A run's files. Writing is for the process that holds the directory's lock, and its workers."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.figures = self.path / "figures"
+        self._newest_read: tuple[str, list[int], dict[str, Tensor]] = ("", [], {})
+        self._projections: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    # grid.json
+
+    def read_grid(self) -> dict[str, Any]:
+        """grid.json with "grid" as a `Grid`. `BadFile` when it is missing, damaged, or of a newer schema."""
+        path = self.path / "grid.json"
+        values = read_json(path)
+        if not isinstance(values, dict) or not isinstance(values.get("models"), list):
+            raise BadFile(path, "is not a fastmono grid")
+        if values.get("schema") != SCHEMA:
+            raise BadFile(path, f"has schema {values.get('schema')!r}; this fastmono reads {SCHEMA}")
+        for field in ("engine", "precision"):
+            if not isinstance(values.get(field), str):
+                raise BadFile(path, f"lacks {field!r}")
+        try:
+            values["grid"] = Grid.of(ModelSpec.from_dict(spec) for spec in values["models"])
+        except (ValueError, TypeError) as error:
+            raise BadFile(path, f"holds a model that is not valid: {error}") from None
+        return values
+
+    def write_grid(self, grid: Grid, engine: str, precision: str, about: Mapping[str, Any]) -> None:
+        """Write grid.json; `about` is recorded and not read back (versions, device, command line)."""
+        head = {"schema": SCHEMA, "engine": engine, "precision": precision, **about}
+        models = ",\n  ".join(json.dumps(spec.to_dict()) for spec in grid)
+        text = json.dumps(head, indent=1)[:-2] + f',\n "models": [\n  {models}\n ]\n}}\n'
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_bytes(self.path / "grid.json", text.encode())
+
+    def clear(self) -> None:
+        """Delete a run's files, and nothing else that lies in the directory."""
+        for name in ("grid.json", "models.csv", "telemetry.csv", "history.safetensors", "run.log"):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.figures):
+            for pattern in ("step-*.safetensors*", "state-*.safetensors*", "*.png"):
+                for file in folder.glob(pattern):
+                    file.unlink()
+            with suppress(OSError):
+                folder.rmdir()
+
+    # checkpoints and states
+
+    def write_checkpoint(self, models: Sequence[Model], hashes: Sequence[str], step: int) -> None:
+        """Parameters and projections of a block after so many steps."""
+        self.checkpoints.mkdir(exist_ok=True)
+        header = self._header("checkpoint", models, hashes, step)
+        path = self.checkpoints / f"step-{step:012d}-{block_id(hashes)}.safetensors"
+        write_tensors(path, _pack(models, with_state=False), header)
+
+    def write_state(self, models: Sequence[Model], hashes: Sequence[str], step: int, history: BlockHistory) -> None:
+        """Everything that continues a block; of its earlier states the newest is kept, the others are deleted."""
+        self.checkpoints.mkdir(exist_ok=True)
+        name = block_id(hashes)
+        tensors = _pack(models, with_state=True)
+        tensors["losses"] = torch.stack(history.losses, 1) if history.losses else torch.empty(len(models), 0)
+        empty = torch.empty(len(models), 0, len(NAMES), dtype=torch.float64)
+        tensors["measures"] = torch.stack(history.measures, 1) if history.measures else empty
+        header = self._header("state", models, hashes, step)
+        write_tensors(self.checkpoints / f"state-{name}-{step:012d}.safetensors", tensors, header)
+        for old in sorted(self.checkpoints.glob(f"state-{name}-*.safetensors"))[:-KEPT_STATES]:
+            old.unlink()
+
+    @staticmethod
+    def _header(kind: str, models: Sequence[Model], hashes: Sequence[str], step: int) -> dict[str, Any]:
+        distinct = list(dict.fromkeys(id(model.P) for model in models))
+        return {
+            "schema": SCHEMA,
+            "kind": kind,
+            "step": step,
+            "models": list(hashes),
+            "projection": [distinct.index(id(model.P)) for model in models],
+            "diverged_step": [model.diverged_step for model in models],
+        }
+
+    def files(self, kind: str) -> list[tuple[TensorFile, list[str]]]:
+        """The readable files of a kind ("state" or "checkpoint") with their models, newest step first.
+
+        A file that cannot be read is named in a warning and passed over.
+        """
+        found = []
+        for path in self.checkpoints.glob(("state" if kind == "state" else "step") + "-*.safetensors"):
+            try:
+                file = TensorFile(path)
+                header = file.header
+                if header.get("schema") != SCHEMA or header.get("kind") != kind:
+                    raise BadFile(path, f"is not a {kind} of schema {SCHEMA}")
+                found.append((file, list(header["models"])))
+            except BadFile as error:
+                warnings.warn(f"{error}; it is not used", stacklevel=2)
+        return sorted(found, key=lambda item: (-item[0].header["step"], item[0].path.name))
+
+    def newest_states(self, hashes: Iterable[str], verify: bool = True) -> dict[str, Saved]:
+        """The newest good state of each model that has one. A damaged file is set aside, and an older one used."""
+        wanted, found = set(hashes), {}
+        for file, models in self.files("state"):
+            if not wanted.intersection(models):
+                continue
+            try:
+                if verify:
+                    file.read_all()
+            except BadFile as error:
+                aside = file.path.with_name(file.path.name + ".damaged")
+                file.path.rename(aside)
+                warnings.warn(f"{error}; renamed to {aside.name}, an older state is used if there is one", stacklevel=2)
+                continue
+            for row, name in enumerate(models):
+                if name in wanted:
+                    wanted.remove(name)
+                    header = file.header
+                    found[name] = Saved(file.path.name, row, header["step"], header["diverged_step"][row])
+        return found
+
+    def prune(self, hashes: Sequence[str]) -> None:
+        """Delete the states that are not among any model's two newest."""
+        ranks = dict.fromkeys(hashes, 0)
+        for file, models in self.files("state"):
+            needed = False
+            for name in models:
+                if name in ranks and ranks[name] < KEPT_STATES:
+                    ranks[name] += 1
+                    needed = True
+            if not needed:
+                file.path.unlink(missing_ok=True)
+
+    def restore(self, spec: ModelSpec, saved: Saved) -> tuple[Model, Tensor, Tensor]:
+        """A model as it was saved, with its losses [n_logged] and measures [n_checkpoints, n_measures]."""
+        path, row = self.checkpoints / saved.path, saved.row
+        if self._newest_read[0] != saved.path:
+            file = TensorFile(path)
+            self._newest_read = saved.path, file.header["projection"], file.read_all()
+            self._projections.clear()
+        _, projection, stacked = self._newest_read
+        share = projection[row]
+        if share not in self._projections:  # one object for all models that share it
+            P2 = stacked["P2"][share].clone() if "P2" in stacked else None
+            self._projections[share] = (stacked["P"][share].clone(), P2)
+        tensors = {name: tensor[row] for name, tensor in stacked.items() if name not in ("P", "P2")}
+        model = Model(spec, projections=self._projections[share])
+        try:
+            load_flat(spec, model.parameters, tensors)
+            load_flat(spec, model.snapshot, tensors, "snapshot.")
+            for part in MOMENTS if len(model.first_moment) else ():
+                load_flat(spec, getattr(model, part), tensors, part + ".")
+        except (KeyError, ValueError) as error:
+            raise BadFile(path, f"does not fit its model: {error}") from None
+        model.diverged_step = saved.diverged_step
+        return model, tensors["losses"].clone(), tensors["measures"].clone()
+
+
+# models.csv and telemetry.csv
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    """A table; numbers as Python writes them, so that they come back bit by bit, and None as an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([_cell(row.get(column)) for column in columns] for row in rows)
+    write_bytes(path, text.getvalue().encode())
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """A table's rows. `BadFile` when it is missing a column, or is not a table at all."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BadFile(path, f"cannot be read ({error})") from None
+    missing = [column for column in columns if column not in (reader.fieldnames or ())]
+    if missing or any(None in row or None in row.values() for row in rows):
+        raise BadFile(path, f"lacks {missing[0]!r}" if missing else "has a row that is not complete")
+    return rows
+
+
+def result_row(
+    spec: ModelSpec, status: str, losses: Tensor | None, measures: Tensor | None, diverged_step: int | None
+) -> dict[str, Any]:
+    """A model's row of models.csv from its losses [n_logged] and measures [n_checkpoints, n_measures], as far as known.
+
+    The measures are those of the newest checkpoint; for a diverged model, of the one it is frozen at.
+    """
+    row: dict[str, Any] = {**spec.to_dict(), "status": status, "final_loss": math.nan, "diverged_step": diverged_step}
+    if status == "done" and losses is not None:
+        row["final_loss"] = final_loss(losses, spec.steps)
+    known = [] if measures is None else [m for m in measures if not bool(m[0].isnan() & m[1].isnan())]
+    newest = dict(zip(NAMES, known[-1].tolist(), strict=True)) if known else {}
+    for name in RESULTS:
+        if name not in row:
+            value = newest.get(name, math.nan)
+            row[name] = int(value) if name in WHOLE_RESULTS and not math.isnan(value) else value
+    return row
+
+
+def parse_row(path: Path, spec: ModelSpec, cells: Mapping[str, str]) -> dict[str, Any]:
+    """Inverse of `result_row`'s results. `BadFile` for a cell that does not read."""
+    row: dict[str, Any] = spec.to_dict()
+    for name in RESULTS:
+        cell = cells[name]
+        try:
+            if name == "status":
+                if cell not in STATUSES:
+                    raise ValueError
+                row[name] = cell
+            elif name == "diverged_step":
+                row[name] = int(cell) if cell else None
+            else:
+                whole = name in WHOLE_RESULTS and cell != "nan"
+                row[name] = int(cell) if whole else float(cell)
+        except ValueError:
+            raise BadFile(path, f"has {name} {cell[:40]!r}, which is not one of its values") from None
+    return row
+
+
+def free_space(path: Path) -> int:
+    """Bytes free where a path is, or would be made."""
+    for folder in (path, *path.absolute().parents):
+        if folder.exists():
+            return shutil.disk_usage(folder).free
+    return 0
+
+
+COLUMNS = (*FIELDS, *RESULTS)

@@ -1,0 +1,119 @@
+"""models.csv, history.safetensors and telemetry.csv: views of the state files, made anew after a save."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmono.files import BadFile, TensorFile, write_tensors
+from fastmono.metrics import NAMES
+from fastmono.spec import Grid
+from fastmono.store import (
+    COLUMNS,
+    SCHEMA,
+    TELEMETRY,
+    RunDirectory,
+    checkpoint_steps,
+    logged_steps,
+    read_csv,
+    result_row,
+    write_csv,
+)
+
+
+def write_tables(
+    directory: RunDirectory, grid: Grid, hashes: Sequence[str], statuses: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Write models.csv and history.safetensors from the newest states, and return the rows of the table.
+
+    Args:
+        statuses: the status of each model by content hash; one whose state says that it diverged is that in any case.
+    """
+    saved = directory.newest_states(hashes, verify=False)
+    known = _logged(directory, {state.path for state in saved.values()})
+    logged = {steps: logged_steps(steps) for steps in {spec.steps for spec in grid}}
+    checkpoints = {steps: torch.tensor(checkpoint_steps(steps)) for steps in logged}
+    all_logged = torch.cat(list(logged.values())).unique()
+    all_checkpoints = torch.cat(list(checkpoints.values())).unique()
+    losses = torch.full((len(grid), len(all_logged)), math.nan)
+    measures = torch.full((len(grid), len(all_checkpoints), len(NAMES)), math.nan, dtype=torch.float64)
+    rows = []
+    for i, (spec, name) in enumerate(zip(grid, hashes, strict=True)):
+        state = saved.get(name)
+        own_losses = own_measures = diverged = None
+        if state is not None and state.path in known:
+            own_losses, own_measures = (tensor[state.row] for tensor in known[state.path])
+            diverged = state.diverged_step
+            # A state holds what was logged so far: the beginning of the model's own steps.
+            columns = torch.searchsorted(all_logged, logged[spec.steps][: len(own_losses)])
+            losses[i, columns] = own_losses
+            columns = torch.searchsorted(all_checkpoints, checkpoints[spec.steps][: len(own_measures)])
+            measures[i, columns] = own_measures
+        status = "diverged" if diverged is not None else statuses[name]
+        rows.append(result_row(spec, status, own_losses, own_measures, diverged))
+    history = {
+        "losses": losses,
+        "measures": measures,
+        "logged_steps": all_logged,
+        "checkpoint_steps": all_checkpoints,
+    }
+    header = {"schema": SCHEMA, "kind": "history", "measures": list(NAMES)}
+    write_tensors(directory.path / "history.safetensors", history, header)
+    write_csv(directory.path / "models.csv", COLUMNS, rows)
+    return rows
+
+
+def _logged(directory: RunDirectory, paths: set[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Losses [A, n_logged] and measures [A, n_checkpoints, n_measures] of state files."""
+    found = {}
+    for path in paths:
+        try:
+            file = TensorFile(directory.checkpoints / path)
+            found[path] = file.read("losses"), file.read("measures")
+        except BadFile as error:
+            warnings.warn(f"{error}; the tables leave it out", stacklevel=2)
+    return found
+
+
+class Telemetry:
+    """What training took, summed over the sessions of a run; not a result, and not reproducible."""
+
+    def __init__(self, directory: RunDirectory, hashes: Sequence[str]) -> None:
+        self.path = directory.path / "telemetry.csv"
+        self.rows: dict[str, dict[str, Any]] = {}
+        earlier: dict[str, dict[str, str]] = {}
+        if self.path.exists():
+            with suppress(BadFile):  # it holds no result: one that is damaged is begun anew
+                earlier = {row["hash"]: row for row in read_csv(self.path, TELEMETRY)}
+        for i, name in enumerate(hashes):
+            row: dict[str, Any] = dict.fromkeys(TELEMETRY)
+            row |= {"sessions": 0, "seconds": 0.0, "model_steps": 0}
+            with suppress(KeyError, ValueError):
+                old = earlier[name]
+                row |= {"device": old["device"], "worker": old["worker"], "sessions": int(old["sessions"])}
+                row |= {"seconds": float(old["seconds"]), "model_steps": int(old["model_steps"])}
+            self.rows[name] = row | {"model": i, "hash": name}
+
+    def started(self, models: Sequence[str], worker: int, device: str) -> None:
+        """Models were taken up by a worker."""
+        for name in models:
+            row = self.rows[name]
+            row |= {"device": device, "worker": worker, "sessions": row["sessions"] + 1}
+
+    def add(self, models: Sequence[str], model_steps: int, seconds: float) -> None:
+        """A block trained for so long: shared equally by its models."""
+        for name in models:
+            self.rows[name]["seconds"] += seconds / len(models)
+            self.rows[name]["model_steps"] += model_steps // len(models)
+
+    def write(self) -> None:
+        """Write telemetry.csv."""
+        for row in self.rows.values():
+            row["model_steps_per_second"] = row["model_steps"] / row["seconds"] if row["seconds"] else None
+        write_csv(self.path, TELEMETRY, self.rows.values())

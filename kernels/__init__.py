@@ -1,0 +1,1 @@
+"""Triton kernels, installed as `fastmono.kernels`. They are imported only when the Triton engine is chosen."""

@@ -1,0 +1,210 @@
+"""Train a grid of toy models, measure how monosemantic each came out, and draw the figures.
+
+    python scripts/grid.py                                             the preset `demo` (with a GPU: `published`)
+    python scripts/grid.py --lr 1e-3 3e-3 --init-bias 0 -1 --seed 0 1  the product, every other field as in the preset
+    python scripts/grid.py --dry-run                                   what would be done
+
+The same command again continues a run that was stopped. Exit code 0: all models trained (one that diverged is a
+result); 2: bad arguments; 1: anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+import fastmono as fm
+from fastmono.plan import Plan
+from fastmono.progress import duration
+from fastmono.spec import CHOICES, FIELDS, REAL_NUMBERS, WHOLE_NUMBERS
+
+LARGEST_TABLE = 60
+RESULTS = ("status", "final_loss", "eval_loss", "mono_per_feature", "mono_per_neuron", "dead_neurons", "mean_bias")
+SHORT = {"mono_per_feature": "mono/N", "mono_per_neuron": "mono/k", "dead_neurons": "dead"}
+
+
+class UsageError(Exception):
+    """Something on the command line that cannot be meant."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, raised instead of exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (--help lists the flags)")
+
+
+def real(text: str) -> float:
+    """A number, also as a fraction: 0.03125, 1e-3, 1/32."""
+    try:
+        return float(Fraction(text)) if "/" in text else float(text)
+    except ArithmeticError as error:
+        raise ValueError(text) from error
+
+
+def make_parser() -> Parser:
+    """Every field of ModelSpec as a flag of one or more values, and the flags of a run."""
+    parser = Parser(
+        prog="grid.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    models = parser.add_argument_group("models: each flag takes one or more values, and the grid is their product")
+    for field in FIELDS:
+        kind: Callable[[str], Any] = str
+        if field in WHOLE_NUMBERS:
+            kind, allowed = int, "{} to {}".format(*WHOLE_NUMBERS[field])
+        elif field in REAL_NUMBERS:
+            kind, allowed = real, REAL_NUMBERS[field][0].removeprefix("must be ")
+        else:
+            allowed = ", ".join(CHOICES[field])
+        flag = "--" + field.replace("_", "-")
+        models.add_argument(flag, type=kind, nargs="+", metavar="VALUE", default=None, help=allowed)
+    presets = "; ".join(f"{name}: {about}" for name, (about, _) in fm.PRESETS.items())
+    models.add_argument("--preset", metavar="NAME", help=presets)
+    run = parser.add_argument_group("the run")
+    run.add_argument("--out", metavar="DIR", help="run directory (default: runs/ and the preset's name)")
+    run.add_argument("--engine", default="auto", metavar="NAME", help="auto, cpu or reference")
+    run.add_argument("--precision", default="auto", metavar="NAME", help="auto, fp32, tf32 or bf16")
+    run.add_argument("--workers", default="auto", metavar="N", help="processes; auto: one for each core")
+    run.add_argument("--checkpoints", default="all", metavar="WHICH", help="which to keep: all, last or none")
+    run.add_argument("--save-every", type=real, default=60.0, metavar="SECONDS", help="between full states (60)")
+    run.add_argument("--no-resume", action="store_true", help="discard what the directory holds of an earlier run")
+    run.add_argument("--no-plots", action="store_true", help="draw no figures")
+    run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    return parser
+
+
+def chosen_grid(arguments: argparse.Namespace) -> tuple[fm.Grid, str]:
+    """The grid that the flags ask for, and its name."""
+    name = arguments.preset or "demo"
+    overrides = {field: getattr(arguments, field) for field in FIELDS if getattr(arguments, field) is not None}
+    grid = fm.preset(name)
+    if not overrides:
+        return grid, name
+    grid = grid.override(**overrides)
+    return grid, f"{name}-{hashlib.sha256(grid.to_json().encode()).hexdigest()[:8]}"
+
+
+def gib(count: float) -> str:
+    """Bytes as GiB or MiB."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def print_plan(console: Console, plan: Plan, out: Path) -> None:
+    """What will be done, in a few lines."""
+    options = plan.options
+    for field, values in plan.grid.axes.items():
+        shown = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values[:12])
+        console.print(f"  {field:15s} {shown}{', ...' if len(values) > 12 else ''}")
+    blocks = sum(map(len, plan.shards))
+    rows = {
+        "models": f"{len(plan.grid)}, of which {plan.finished} are finished",
+        "engine": f"{options.engine}, {options.precision} ({plan.reason})",
+        "schedule": f"{blocks} block{'s' * (blocks != 1)} on {len(plan.shards)} worker{'s' * (len(plan.shards) != 1)}",
+        "work": f"{plan.model_steps:,} model-steps, {plan.flops / 1e12:,.2f} TFLOP",
+        "expected time": duration(plan.seconds),
+        "memory": gib(plan.memory),
+        "disk": f"{gib(plan.disk)} (checkpoints kept: {options.checkpoints})",
+        "directory": str(out),
+    }
+    for title, text in rows.items():
+        console.print(f"  {title:15s} {text}")
+
+
+def cell(value: Any) -> str:
+    """A table cell: four significant digits, and a dash for what is not known."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_table(console: Console, run: fm.Run) -> None:
+    """One row a model, with the fields in which they differ; the most monosemantic ones of a large grid."""
+    fields = list(run.grid.axes) or ["lr"]
+    order = list(range(len(run)))
+    if len(run) > LARGEST_TABLE:
+        order = sorted(order, key=lambda i: -(run.table[i]["mono_per_feature"] or 0))[:LARGEST_TABLE]
+        console.print(f"The {LARGEST_TABLE} most monosemantic of {len(run)} models (all are in models.csv):")
+    heads = ["model", *fields, *(SHORT.get(name, name) for name in RESULTS)]
+    rows = [[str(i), *(cell(run.table[i][name]) for name in (*fields, *RESULTS))] for i in order]
+    diverged = {i: run.table[i]["diverged_step"] for i in order if run.table[i]["diverged_step"]}
+    if console.is_terminal:
+        table = Table()
+        for head in heads:
+            table.add_column(head, justify="right")
+        for i, row in zip(order, rows, strict=True):
+            table.add_row(*row, style="red" if run.table[i]["status"] in ("diverged", "failed") else None)
+        console.print(table)
+    else:
+        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+        for row in [heads, *rows]:
+            console.print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))
+    for i, step in diverged.items():
+        console.print(f"model {i} diverged at step {step}; it is kept as it was at the last power of two before")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line, and return its exit code."""
+    errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    try:
+        return run_command(sys.argv[1:] if argv is None else argv)
+    except (UsageError, ValueError) as error:
+        errors.print(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        errors.print("stopped: the state is saved, and the same command continues from it")
+        return 1
+    except (OSError, MemoryError) as error:
+        errors.print(f"error: {error or 'out of memory'}")
+        return 1
+
+
+def run_command(argv: list[str]) -> int:
+    """Parse, train, draw, report."""
+    arguments = make_parser().parse_args(argv)
+    grid, name = chosen_grid(arguments)
+    workers: int | str = arguments.workers
+    if workers != "auto":
+        try:
+            workers = int(workers)
+        except ValueError:
+            raise UsageError(f"workers={workers!r}: must be auto or a whole number from 1 to 4096") from None
+    out = Path(arguments.out if arguments.out is not None else Path("runs") / name)
+    settings: dict[str, Any] = {
+        "out": out if arguments.out != "" else "",
+        "engine": arguments.engine,
+        "precision": arguments.precision,
+        "workers": workers,
+        "resume": not arguments.no_resume,
+        "checkpoints": arguments.checkpoints,
+        "save_every": arguments.save_every,
+    }
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    print_plan(console, fm.plan_run(grid, **settings), out)
+    if arguments.dry_run:
+        return 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = fm.train(grid, **settings, console=console)
+    failures = [str(item.message) for item in caught if item.category is RuntimeWarning]
+    print_table(console, run)
+    if not arguments.no_plots:
+        drawn = fm.plots.save_all(run, run.directory.figures)
+        console.print(f"{len(drawn)} figures in {run.directory.figures}")
+    console.print(f'load it with: import fastmono as fm; run = fm.load_run("{out}")')
+    for text in failures:
+        console.print(f"error: {text}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
