@@ -162,8 +162,11 @@ class _Workers:
             self.errors.append(errors)
             self.processes.append(process)
             self._send(process, encode_job(directory, jobs, options))
-        for worker, process in enumerate(self.processes):
-            threading.Thread(target=self._listen, args=(worker, process), daemon=True).start()
+        self.listeners = [
+            threading.Thread(target=self._listen, args=item, daemon=True) for item in enumerate(self.processes)
+        ]
+        for listener in self.listeners:
+            listener.start()
 
     @staticmethod
     def _send(process: subprocess.Popen[str], line: str) -> None:
@@ -214,14 +217,15 @@ class _Workers:
                     process.wait(STOP_SECONDS)
             raise
         finally:
-            for process, errors in zip(self.processes, self.errors, strict=True):
+            for process, errors, thread in zip(self.processes, self.errors, self.listeners, strict=True):
                 if process.poll() is None:
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(2.0)
                 if process.poll() is None:
                     process.kill()
                     process.wait()
-                assert process.stdin is not None
-                with suppress(OSError):
-                    process.stdin.close()
-                errors.close()
+                thread.join()
+                for pipe in (process.stdin, process.stdout, errors):
+                    assert pipe is not None
+                    with suppress(OSError):
+                        pipe.close()

@@ -14,11 +14,13 @@ bias decay: while 2 t < steps, after the update, b <- b (1 - bias_decay lr) with
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastmono.spec import ModelSpec
+from fastmono.spec import LARGEST_FLOAT32, ModelSpec
 
 BETA1, BETA2 = 0.9, 0.999
 LAMB_EPS, ADAMW_EPS = 1e-6, 1e-8
@@ -27,21 +29,28 @@ ADAMW_WEIGHT_DECAY = 0.01
 PUBLISHED_HALF_PERIOD = 512
 
 
+def finite_or_inf(x: float) -> float:
+    """A factor as PyTorch takes it: beyond float32 it is infinite (and the model diverges), not an error."""
+    return math.copysign(math.inf, x) if abs(x) > LARGEST_FLOAT32 else x
+
+
 def learning_rates(spec: ModelSpec, first: int, count: int) -> list[float]:
     """The learning rates of updates `first` to `first + count`: made in float64, rounded to float32."""
-    t = np.arange(first, first + count, dtype=np.float64)
+    t = np.arange(first, first + count)
     if spec.schedule == "constant":
         rates = np.full(count, spec.lr)
+    elif spec.schedule == "cosine":
+        rates = spec.lr * 0.5 * (1 + np.cos(np.pi * (t / spec.steps)))
     else:
-        half_period = PUBLISHED_HALF_PERIOD if spec.schedule == "published" else spec.steps
-        rates = spec.lr * 0.5 * (1 + np.cos(np.pi * t / half_period))
+        phase = t % (2 * PUBLISHED_HALF_PERIOD) / PUBLISHED_HALF_PERIOD  # whole periods first: exact for any t
+        rates = spec.lr * 0.5 * (1 + np.cos(np.pi * phase))
     result: list[float] = rates.astype(np.float32).tolist()
     return result
 
 
 def bias_factor(spec: ModelSpec, step: int) -> float:
     """What the bias is multiplied with after the update that `step` updates precede."""
-    return 1.0 - spec.bias_decay * spec.lr if 2 * step < spec.steps else 1.0
+    return finite_or_inf(1.0 - spec.bias_decay * spec.lr) if 2 * step < spec.steps else 1.0
 
 
 def adam_corrections(step: int) -> tuple[float, float]:
@@ -64,7 +73,8 @@ def adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: float, step: int) -> 
     m.mul_(BETA1).add_(g, alpha=1 - BETA1)
     v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
     first, second = adam_corrections(step)
-    p.mul_(1 - lr * ADAMW_WEIGHT_DECAY).addcdiv_(m, v.sqrt().div_(second).add_(ADAMW_EPS), value=-lr / first)
+    p.mul_(1 - lr * ADAMW_WEIGHT_DECAY)
+    p.addcdiv_(m, v.sqrt().div_(second).add_(ADAMW_EPS), value=finite_or_inf(-lr / first))
 
 
 def sgd_(p: Tensor, g: Tensor, lr: float) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fastmono.frequencies import rarest_probability, thresholds
 
 TASKS = ("decoder", "reprojector", "abs")
@@ -27,13 +29,16 @@ LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
 def _fail(field: str, value: object, allowed: str) -> ValueError:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except Exception:  # an integer of more digits than Python prints, or a foreign type
+        shown = f"<{type(value).__name__}>"
     return ValueError(f"{field}={shown if len(shown) <= 80 else shown[:77] + '...'}: {allowed}")
 
 
 def _whole_number(field: str, value: object, low: int, high: int) -> int:
     allowed = f"must be a whole number from {low} to {high}"
-    if isinstance(value, bool):
+    if isinstance(value, bool | np.bool_):
         raise _fail(field, value, allowed)
     try:
         number = operator.index(value)  # type: ignore[arg-type]
@@ -45,7 +50,7 @@ def _whole_number(field: str, value: object, low: int, high: int) -> int:
 
 
 def _real_number(field: str, value: object, allowed: str, accept: Callable[[float], bool]) -> float:
-    if isinstance(value, bool | str | bytes):
+    if isinstance(value, bool | np.bool_ | str | bytes | bytearray):
         raise _fail(field, value, allowed)
     try:
         number = float(value)  # type: ignore[arg-type]

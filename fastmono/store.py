@@ -308,10 +308,10 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
-            rows = list(reader)
+            rows, head = list(reader), reader.fieldnames or ()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BadFile(path, f"cannot be read ({error})") from None
-    missing = [column for column in columns if column not in (reader.fieldnames or ())]
+    missing = [column for column in columns if column not in head]
     if missing or any(None in row or None in row.values() for row in rows):
         raise BadFile(path, f"lacks {missing[0]!r}" if missing else "has a row that is not complete")
     return rows

@@ -189,13 +189,24 @@ def run_command(argv: list[str]) -> int:
         "save_every": arguments.save_every,
     }
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    print_plan(console, fm.plan_run(grid, **settings), out)
-    if arguments.dry_run:
-        return 0
-    with warnings.catch_warnings(record=True) as caught:
+    failures: list[str] = []
+    shown: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        text = str(message)
+        if category is RuntimeWarning:
+            failures.append(text)
+        elif text not in shown:
+            shown.add(text)
+            console.print(f"warning: {text}")
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.showwarning = show
+        print_plan(console, fm.plan_run(grid, **settings), out)
+        if arguments.dry_run:
+            return 0
         run = fm.train(grid, **settings, console=console)
-    failures = [str(item.message) for item in caught if item.category is RuntimeWarning]
     print_table(console, run)
     if not arguments.no_plots:
         drawn = fm.plots.save_all(run, run.directory.figures)

@@ -26,6 +26,7 @@ from fastmono.optim import (
     LAMB_LARGEST_NORM,
     adam_corrections,
     bias_factor,
+    finite_or_inf,
     learning_rates,
 )
 from fastmono.philox import FeatureSampler, stream_key
@@ -125,10 +126,11 @@ def update(model: Model, work: Workspace, lr: float, step: int) -> None:
             # A NaN norm must reach the parameters: min() would drop it.
             clamped = LAMB_LARGEST_NORM if norm_p > LAMB_LARGEST_NORM else norm_p
             ratio = clamped / norm_u if norm_p and norm_u else 1.0
-            tensor.view(-1).sub_(direction, alpha=lr * ratio)
+            tensor.view(-1).sub_(direction, alpha=finite_or_inf(lr * ratio))
     elif spec.optimizer == "adamw":
         first, second = adam_corrections(step)
-        p.mul_(1 - lr * ADAMW_WEIGHT_DECAY).addcdiv_(m, u.div_(second).add_(ADAMW_EPS), value=-lr / first)
+        p.mul_(1 - lr * ADAMW_WEIGHT_DECAY)
+        p.addcdiv_(m, u.div_(second).add_(ADAMW_EPS), value=finite_or_inf(-lr / first))
     if (factor := bias_factor(spec, step)) != 1.0:
         model.tensors["b"].mul_(factor)
 

@@ -1,0 +1,192 @@
+"""The main job, `python scripts/grid.py`, called as `main(argv)`."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import fastmono as fm
+from fastmono.spec import ACTIVATIONS, FREQUENCIES, OPTIMIZERS, SCHEDULES, TASKS
+
+ROOT = Path(__file__).resolve().parent.parent
+specification = importlib.util.spec_from_file_location("grid_script", ROOT / "scripts" / "grid.py")
+grid_script = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(grid_script)
+main = grid_script.main
+
+TINY = "--n-features 8 --d-embed 3 --n-neurons 6 --batch-size 8 --feature-prob 1/4 --steps 20".split()
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_flags_make_the_product_and_every_model_is_trained(capsys):
+    assert main([*TINY, "--lr", "1e-3", "3e-3", "--seed", "0", "1", "--out", "run", "--no-plots"]) == 0
+    run = fm.load_run("run")
+    found = [(s.lr, s.init_bias, s.bias_decay, s.seed) for s in run.specs]
+    # the demo's two halves, and within each the product in the order of the fields
+    assert sorted(found) == sorted(
+        (lr, bias, decay, seed) for lr in (1e-3, 3e-3) for bias, decay in ((0, 0), (-1, 0.03)) for seed in (0, 1)
+    )
+    assert {row["status"] for row in run.table} == {"done"}
+    said = capsys.readouterr().out
+    assert "8, of which 0 are finished" in said and 'fm.load_run("run")' in said
+    assert "final_loss" in said and "mono/N" in said and "GFLOP/s" in (Path("run/run.log")).read_text()
+
+
+def test_without_flags_of_models_the_preset_itself_is_planned_on_a_cpu(capsys):
+    assert main(["--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "98,304 model-steps" in said and str(Path("runs/demo")) in said
+    assert not Path("runs").exists()
+
+
+def test_a_preset_is_planned_by_name(capsys):
+    assert main(["--preset", "published", "--dry-run"]) == 0
+    assert f"{12 * 2**17:,} model-steps" in capsys.readouterr().out
+
+
+def test_the_same_command_continues_and_trains_nothing_twice(capsys):
+    command = [*TINY, "--out", "run", "--no-plots"]
+    assert main(command) == 0
+    before = Path("run/models.csv").read_bytes()
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "12, of which 12 are finished" in capsys.readouterr().out
+    assert Path("run/models.csv").read_bytes() == before
+
+
+def test_figures_are_drawn(capsys):
+    assert main([*TINY, "--lr", "0.01", "0.03", "--out", "run"]) == 0
+    figures = list(Path("run/figures").glob("*.png"))
+    assert len(figures) >= 4 and f"{len(figures)} figures in" in capsys.readouterr().out
+
+
+def test_a_diverged_model_is_a_result(capsys):
+    flags = ["--optimizer", "sgd", "--lr", "1e-3", "1e6", "--init-bias", "0", "--bias-decay", "0"]
+    assert main([*TINY, *flags, "--out", "run", "--no-plots"]) == 0
+    said = capsys.readouterr().out
+    assert "diverged at step" in said and [row["status"] for row in fm.load_run("run").table] == ["done", "diverged"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--lr", "0"], "lr=0.0"), (["--lr", "fast"], "--lr"), (["--lr", "1/0"], "--lr"), (["--lr"], "--lr"),
+        (["--lr", "1e-3", "1e-3"], "twice"), (["--rate", "1"], "--rate"), (["--preset", "none"], "preset='none'"),
+        (["--n-neurons", "8.5"], "--n-neurons"), (["--d-embed", "999"], "d_embed=999"), (["--task", "x"], "task='x'"),
+        (["--seed", "-1"], "seed=-1"), (["--workers", "many"], "workers='many'"), (["--workers", "0"], "workers=0"),
+        (["--engine", "quantum"], "engine='quantum'"), (["--precision", "fp8"], "precision='fp8'"),
+        (["--out", ""], "out=''"), (["--save-every", "nan"], "save_every=nan"), (["stray"], "stray"),
+        (["--n-neurons", "2000000000"], "GiB"), (["--checkpoints", "odd"], "checkpoints='odd'"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_end_in_exit_code_2_and_one_line(flags, said, capsys):
+    assert main(flags) == 2
+    out, errors = capsys.readouterr()
+    assert errors.startswith("error: ") and said in errors and errors.count("\n") == 1
+    assert not list(Path.cwd().iterdir())
+
+
+def test_a_directory_that_cannot_be_made_ends_in_exit_code_1_and_one_line(capsys):
+    Path("file").write_text("x")
+    assert main([*TINY, "--out", "file/run"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_damaged_state_is_warned_of_once_and_repaired(capsys):
+    command = [*TINY, "--out", "run", "--no-plots"]
+    main(command)
+    newest = max(Path("run/checkpoints").glob("state-*"))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    capsys.readouterr()
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("truncated or corrupted") == 1
+
+
+def test_help_names_every_field(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    said = capsys.readouterr().out
+    assert all("--" + field.replace("_", "-") in said for field in fm.ModelSpec().to_dict())
+
+
+numbers = st.one_of(
+    st.integers(-3, 40).map(str), st.floats().map(str), st.sampled_from(["1e-3", "1/8", "0", "-1", "nan", "inf", ""])
+)
+small = st.integers(1, 12).map(str)
+FLAGS = {
+    "--task": st.sampled_from([*TASKS, "x"]),
+    "--n-features": st.one_of(small, numbers),
+    "--d-embed": st.one_of(small, numbers),
+    "--n-neurons": st.one_of(small, numbers),
+    "--activation": st.sampled_from([*ACTIVATIONS, ""]),
+    "--feature-prob": st.one_of(st.sampled_from(["0.3", "1", "1/5"]), numbers),
+    "--frequency": st.sampled_from(FREQUENCIES),
+    "--optimizer": st.sampled_from(OPTIMIZERS),
+    "--lr": numbers,
+    "--schedule": st.sampled_from(SCHEDULES),
+    "--init-bias": numbers,
+    "--bias-decay": numbers,
+    "--l1": numbers,
+    "--batch-size": st.one_of(small, numbers),
+    "--steps": st.one_of(small, numbers),
+    "--seed": numbers,
+    "--precision": st.sampled_from(["auto", "fp32", "bf16", "tf32"]),
+    "--engine": st.sampled_from(["auto", "cpu", "reference"]),
+    "--checkpoints": st.sampled_from(["all", "last", "none"]),
+}
+flag = st.sampled_from(sorted(FLAGS)).flatmap(
+    lambda name: st.lists(FLAGS[name], min_size=1, max_size=1 if name in ("--precision", "--engine") else 2).map(
+        lambda values: [name, *values]
+    )
+)
+BOUND = ["--n-features", "6", "--d-embed", "3", "--n-neurons", "5", "--batch-size", "7", "--steps", "9"]
+
+
+def check(flags, capsys):
+    """Train or refuse: exit code 0 with a whole table, or 2 with one line; nothing else."""
+    given_flags = {name for name, *_ in flags}
+    bounds = zip(BOUND[::2], BOUND[1::2], strict=True)
+    argv = [word for words in flags for word in words]
+    argv += [word for name, value in bounds if name not in given_flags for word in (name, value)]
+    code = main([*argv, "--no-plots", "--no-resume", "--workers", "1", "--out", "run"])
+    out, errors = capsys.readouterr()
+    assert code in (0, 2), (argv, errors)
+    assert code == 0 or (errors.startswith("error: ") and errors.count("\n") == 1), (argv, errors)
+    if code == 0:
+        assert {row["status"] for row in fm.load_run("run").table} <= {"done", "diverged"}
+
+
+suppress = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=suppress, derandomize=True)
+@given(flags=st.lists(flag, max_size=5))
+@example(flags=[["--frequency", "power_law"], ["--n-features", "1"], ["--d-embed", "1"], ["--feature-prob", "1"]])
+@example(flags=[["--lr", "1e38"], ["--optimizer", "adamw"]])
+@example(flags=[["--init-bias", "3e38"], ["--activation", "solu", "gelu"]])
+@example(flags=[["--l1", "3e38"], ["--bias-decay", "3e38"]])
+def test_random_argument_lists_train_or_are_refused_in_one_line(flags, capsys):
+    check(flags, capsys)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None, suppress_health_check=suppress)
+@given(flags=st.lists(flag, max_size=5))
+def test_a_thousand_random_argument_lists_train_or_are_refused_in_one_line(flags, capsys):
+    check(flags, capsys)
+
+
+def test_the_script_runs_from_the_command_line_too(tmp_path):
+    import subprocess
+
+    command = [sys.executable, str(ROOT / "scripts" / "grid.py"), "--lr", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1

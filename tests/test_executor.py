@@ -1,0 +1,134 @@
+"""Workers: their crashes, Ctrl-C, and what is left behind when a driver dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import fastmono as fm
+from fastmono.executor import decode_job, encode_job
+from fastmono.plan import Machine, make_plan
+from fastmono.store import RunDirectory, Saved
+from fastmono.trainer import Options
+
+SPEC = fm.ModelSpec(n_features=32, d_embed=8, n_neurons=32, feature_prob=0.1, batch_size=64, steps=10**6)
+GRID = fm.Grid(SPEC, lr=[0.001, 0.003, 0.01, 0.03])
+SCRIPT = """
+import sys, fastmono as fm
+spec = fm.ModelSpec(n_features=32, d_embed=8, n_neurons=32, feature_prob=0.1, batch_size=64, steps=int(sys.argv[2]))
+fm.train(fm.Grid(spec, lr=[.001, .003, .01, .03]), sys.argv[1], workers=int(sys.argv[3]), save_every=0.1)
+"""  # no __main__ guard, on purpose
+
+
+def wait_for(condition, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def start(out, steps=10**6, workers=2):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(out), str(steps), str(workers)],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    wait_for(lambda: len(list(out.glob("checkpoints/state-*-000000000*[1-9]*"))) >= workers)
+    return process
+
+
+def children(pid):
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_job_survives_its_way_to_the_worker(tmp_path):
+    options = Options("cpu", "fp32", "last", 1.5)
+    hashes = [spec.content_hash("cpu", "fp32", 1) for spec in GRID]
+    saved = {hashes[2]: Saved("state-x.safetensors", 1, 64, None)}
+    plan = make_plan(GRID, options, "", saved, 2, Machine(2, None, 1e11))
+    for shard in plan.shards:
+        directory, jobs, decoded = decode_job(encode_job(RunDirectory(tmp_path), shard, options))
+        assert (directory.path, tuple(jobs), decoded) == (tmp_path, shard, options)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_in_seconds_with_the_state_saved_and_no_child_left(number, workers, tmp_path):
+    process = start(tmp_path, workers=workers)
+    offspring = children(process.pid)
+    assert len(offspring) == (workers if workers > 1 else 0)
+    stopped = time.monotonic()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert time.monotonic() - stopped < 10
+    assert process.returncode != 0 and "the state is saved" in errors.splitlines()[-1]
+    assert not any(map(alive, offspring))
+    table = fm.load_run(tmp_path).table
+    assert {row["status"] for row in table} == {"stopped"}
+
+
+def test_no_child_survives_a_driver_that_is_killed_and_the_run_continues_at_once(tmp_path):
+    process = start(tmp_path)
+    offspring = children(process.pid)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not any(map(alive, offspring)), 10)
+    again = start(tmp_path)
+    again.send_signal(signal.SIGINT)
+    again.communicate(timeout=20)
+
+
+def test_a_killed_worker_is_reported_with_its_models_and_the_rest_is_finished(tmp_path):
+    process = start(tmp_path, steps=20_000)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0  # fm.train warns; the table says which
+    assert "RuntimeWarning: models " in errors and "SIGKILL" in errors
+    statuses = sorted(row["status"] for row in fm.load_run(tmp_path).table)
+    assert statuses == ["done", "done", "failed", "failed"]
+
+
+def test_a_worker_that_raises_is_reported_with_its_traceback(tmp_path):
+    short = GRID.override(steps=[64])
+    first = fm.train(short, tmp_path, workers=2, quiet=True)
+    for state in first.directory.checkpoints.glob("state-*"):
+        state.unlink()
+    blocked = next(first.directory.checkpoints.glob("step-000000000004-*"))
+    blocked.unlink()
+    blocked.mkdir()  # os.replace onto a directory fails, in the worker that owns it
+    with pytest.warns(RuntimeWarning, match=r"models \d, \d failed: (IsADirectory|OS)Error"):
+        run = fm.train(short, tmp_path, workers=2, quiet=True)
+    assert sorted(row["status"] for row in run.table) == ["done", "done", "failed", "failed"]
+    blocked.rmdir()
+    assert {row["status"] for row in fm.train(short, tmp_path, workers=2, quiet=True).table} == {"done"}
+
+
+def test_workers_auto_is_this_process_for_a_short_run_and_a_core_each_for_a_long_one():
+    options, machine = Options("cpu", "fp32"), Machine(cores=3, memory=None, flops=1e11)
+    short = make_plan(GRID.override(steps=[10]), options, "", {}, "auto", machine)
+    long = make_plan(GRID, options, "", {}, "auto", machine)
+    assert (len(short.shards), len(long.shards)) == (1, 3)
+
+
+def test_models_that_share_a_stream_go_to_one_worker_and_the_work_is_balanced():
+    grid = fm.Grid(SPEC, seed=[0, 1], lr=[0.001, 0.003, 0.01])
+    plan = make_plan(grid, Options("cpu", "fp32"), "", {}, 2, Machine(2, None, 1e11))
+    assert [{spec.seed for job in shard for spec in job.specs} for shard in plan.shards] == [{0}, {1}]
