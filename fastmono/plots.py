@@ -8,176 +8,44 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 from matplotlib import colormaps, ticker
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from numpy.typing import NDArray
 
 from fastmono.block import single_thread
 from fastmono.files import BadFile, write_bytes
 from fastmono.metrics import monosemantic_neurons, monosemanticity, single_feature_activations
-from fastmono.spec import FIELDS, ModelSpec
-from fastmono.store import FINAL_STEPS, LOG_EVERY
+from fastmono.plot_style import (
+    LABELS,
+    OKABE_ITO,
+    PERIOD,
+    Array,
+    color_norm,
+    finished_figure,
+    group_models,
+    is_numeric,
+    line_looks,
+    mean_low_high,
+    model_name,
+    new_figure,
+    set_x_axis,
+    styled,
+    value_text,
+    values_of,
+    varying_fields,
+    wrapped,
+)
+from fastmono.store import LOG_EVERY
 
 if TYPE_CHECKING:
     from fastmono.run import Run
-
-Array = NDArray[Any]
-PERIOD = FINAL_STEPS  # steps of the published schedule, lr (1 + cos(pi t / 512)) / 2 (recipe fact 6)
-STYLE: dict[Any, Any] = {
-    "font.family": ["DejaVu Sans"], "font.size": 9, "axes.titlesize": 9, "figure.titlesize": 10, "text.usetex": False,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "hatch.linewidth": 0.5,
-}  # fmt: skip
-styled = matplotlib.rc_context(STYLE)
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)))
-MOST_ENTRIES = 8  # values told apart in a legend; more numbers get a colour bar
-ORDER = tuple(dict.fromkeys(("lr", "init_bias", "n_neurons", "l1", "bias_decay", *FIELDS)))
-CAPTION = ("task", "activation", "n_features", "d_embed", "n_neurons", "feature_prob", "batch_size", "steps")
-LABELS = {
-    "lr": "learning rate (lr)", "init_bias": "offset of the initial bias (init_bias)", "n_neurons": "neurons k",
-    "mono_per_feature": "monosemantic neurons / features (count / N)", "mean_bias": "mean bias over neurons",
-    "mono_per_neuron": "monosemantic neurons / neurons (count / k)", "n_features": "features N",
-    "loss": "loss (squared error a sample)", "final_loss": "final loss (squared error a sample)",
-}  # fmt: skip
-
-
-def _text(value: object) -> str:
-    return f"{value:.6g}".replace("-", "\N{MINUS SIGN}") if isinstance(value, float) else str(value)
-
-
-def _name(spec: ModelSpec, fields: Iterable[str]) -> str:
-    return ", ".join(f"{field}\N{NO-BREAK SPACE}{_text(getattr(spec, field))}" for field in fields)
-
-
-def _numeric(values: Iterable[object]) -> bool:
-    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-
-
-def _values(run: Run, field: str, argument: str = "field") -> list[Any]:
-    """A field's values in the run: numbers ascending, names in order of appearance."""
-    if field not in FIELDS:
-        raise ValueError(f"{argument}={field!r}: must be a field of a model, one of {', '.join(FIELDS)}")
-    found = list(dict.fromkeys(getattr(spec, field) for spec in run.specs))
-    return sorted(found) if _numeric(found) else found
-
-
-def _groups(run: Run, fields: Sequence[str]) -> dict[tuple[Any, ...], list[int]]:
-    """The models for each combination of values of some fields."""
-    found: dict[tuple[Any, ...], list[int]] = {}
-    for i, spec in enumerate(run.specs):
-        found.setdefault(tuple(getattr(spec, field) for field in fields), []).append(i)
-    return found
-
-
-def _axes(run: Run, *first: str) -> list[str]:
-    """The swept fields, `first` ones before others, without the seed and those that the earlier ones determine.
-
-    The presets change init_bias and bias_decay together: that is one axis, not two.
-    """
-    kept: list[str] = []
-    for field in dict.fromkeys((*first, *(field for field in ORDER if field != "seed"))):
-        if len(_groups(run, [*kept, field])) > len(_groups(run, kept)):
-            kept.append(field)
-    return kept
-
-
-def _summary(values: Array) -> Array:
-    """Mean, lowest and highest over the first axis of what is finite, [3, ...]; NaN where nothing is."""
-    finite = np.isfinite(values)
-    mean = np.where(finite, values, 0.0).sum(0) / np.maximum(finite.sum(0), 1)
-    low, high = (np.where(finite, values, far) for far in (np.inf, -np.inf))
-    ends = low.min(0, initial=np.inf), high.max(0, initial=-np.inf)
-    return np.where(finite.any(0), np.stack((mean, *ends)), np.nan)
-
-
-def _norm(values: Iterable[Any]) -> Normalize:
-    """From lowest to highest, logarithmic for positive numbers that span more than a decade; never singular."""
-    finite = [float(value) for value in values if math.isfinite(value)] or [0.0, 1.0]
-    low, high = min(finite), max(finite)
-    if 0 < low < high / 10:
-        return LogNorm(low, high)
-    return Normalize(low, high) if low < high else Normalize(low - 0.5, high + 0.5)
-
-
-def _figure(width: float, height: float, rows: int, columns: int, **layout: Any) -> tuple[Figure, Array]:
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **layout)
-
-
-def _wrap(text: str, inches: float) -> str:
-    # Constrained layout keeps room for a title's height, not for its width. A letter is about 0.085 inches wide.
-    return "\n".join(fill(line, max(10, int(inches / 0.085)), break_long_words=False) for line in text.split("\n"))
-
-
-def _finish(figure: Figure, run: Run, title: str = "", handles: Sequence[Any] = ()) -> Figure:
-    """Title, how many models are in which state and the settings they share; and the legend."""
-    states = [row["status"] for row in run.table]
-    about = "models: " + ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    about += "; " + _name(run.specs[0], (field for field in CAPTION if field not in run.grid.axes))
-    figure.suptitle(_wrap(title + about, figure.get_figwidth() - 0.3))
-    if handles:
-        fit = max(1, int(figure.get_figwidth() / (0.075 * max(len(h.get_label()) for h in handles) + 0.6)))
-        columns = -(-len(handles) // -(-len(handles) // fit))  # as few rows, and then as equal ones, as can be
-        figure.legend(handles=handles, loc="outside lower center", ncols=columns)
-    return figure
-
-
-def _x_axis(ax: Axes, ticks: Sequence[float], labels: Sequence[str], shown: Sequence[float], base: int | None) -> None:
-    """An x axis, logarithmic if it has a base, that holds all of `shown`, with the ticks for which there is room."""
-    if not any(np.size(line.get_xdata()) for line in ax.lines):
-        ax.text(0.5, 0.5, "nothing to show yet", transform=ax.transAxes, ha="center", va="center", color="0.4")
-    if base:
-        ax.set_xscale("log", base=base)
-    to, back = (np.log2, np.exp2) if base else (np.asarray, np.asarray)
-    at, ends = to(np.array(ticks, float)), to(np.array(shown, float))
-    span = np.ptp(ends) or 1.0
-    ax.set_xlim(*back(np.array([ends.min() - 0.05 * span, ends.max() + 0.05 * span])).tolist())
-    kept: list[int] = []
-    for i, label in enumerate(labels):
-        if not kept or at[i] - at[kept[-1]] >= 0.02 * span * (1 + len(label.replace("$", ""))):
-            kept.append(i)
-    ax.set_xticks([ticks[i] for i in kept], [labels[i] for i in kept])
-    ax.xaxis.set_minor_locator(ticker.NullLocator())
-
-
-def _look(run: Run, figure: Figure, fields: Sequence[str]) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Colour by the first field, line style by the others: each model's style, and legend entries or a colour bar."""
-    values, handles = _values(run, fields[0]) if fields else [None], []
-    colors: Any = OKABE_ITO[: len(values)]
-    if len(values) > MOST_ENTRIES and _numeric(values):
-        bar = ScalarMappable(_norm(values), "viridis")
-        figure.colorbar(bar, ax=figure.axes, label=LABELS.get(fields[0], fields[0]), pad=0.01)
-        colors = bar.to_rgba(np.array(values))
-    elif len(values) > 1:
-        if _numeric(values):  # the light end of the scale is hard to see as a line
-            colors = colormaps["viridis"](np.linspace(0, 0.88, len(values)))
-        names = [f"{fields[0]} {_text(value)}" for value in values]
-        handles = [Line2D([], [], color=c, label=name) for c, name in zip(colors, names, strict=True)]
-    by_style = list(fields[1:])
-    while len(_groups(run, by_style)) > len(DASHES):
-        by_style.pop()
-    styles = dict(zip(_groups(run, by_style), DASHES, strict=False))
-    for models, style in zip(_groups(run, by_style).values() if by_style else (), DASHES, strict=False):
-        handles.append(Line2D([], [], color="0.3", linestyle=style, label=_name(run.specs[models[0]], by_style)))
-    if alike := fields[1 + len(by_style) :]:
-        handles.append(Line2D([], [], linestyle="", label=f"drawn alike: {', '.join(alike)}"))
-    place = [values.index(getattr(spec, fields[0])) if fields else 0 for spec in run.specs]
-    dashes = [styles[tuple(getattr(spec, field) for field in by_style)] for spec in run.specs]
-    return [{"color": colors[i], "linestyle": dash} for i, dash in zip(place, dashes, strict=True)], handles
 
 
 def _curves(run: Run, models: Sequence[int], name: str, as_logged: bool = False) -> tuple[Array, Array]:
@@ -197,7 +65,7 @@ def _curves(run: Run, models: Sequence[int], name: str, as_logged: bool = False)
     last = np.where(np.isfinite(losses), steps + LOG_EVERY - 1, 0).max(1, initial=0, keepdims=True)
     trained = np.minimum(np.minimum(last, run.specs[models[0]].steps), diverged - 1)
     ends = np.arange(2 * PERIOD, trained.max() + 1, PERIOD)
-    means = [_summary(losses[:, (steps > end - PERIOD) & (steps <= end)].T)[0] for end in ends]
+    means = [mean_low_high(losses[:, (steps > end - PERIOD) & (steps <= end)].T)[0] for end in ends]
     whole = np.where(ends <= trained, np.reshape(means, (len(ends), len(models))).T, np.nan)
     return np.append(steps[steps <= PERIOD], ends), np.append(losses[:, steps <= PERIOD], whole, 1)
 
@@ -209,17 +77,17 @@ def training_curves(run: Run, color: str | None = None) -> Figure:
     Lines are coloured by the field `color` (seed: then a line each), or else by the first that varies of lr, init_bias,
     n_neurons, ...; line styles tell the others apart. `ValueError` when it is not a field of `ModelSpec`.
     """
-    fields = _axes(run, *([color] if color is not None and _values(run, color, "color") else []))
-    figure, (axes,) = _figure(12.5, 4.6, 1, 3)
-    (looks, handles), groups = _look(run, figure, fields), _groups(run, fields).values()
+    fields = varying_fields(run, *([color] if color is not None and values_of(run, color, "color") else []))
+    figure, (axes,) = new_figure(12.5, 4.6, 1, 3)
+    (looks, handles), groups = line_looks(run, figure, fields), group_models(run, fields).values()
     diverged, last_step = [row["status"] == "diverged" for row in run.table], int(run.logged_steps.max())
     powers = range(max(2, last_step.bit_length()))
-    first = _summary(_curves(run, range(len(diverged)), "loss", as_logged=True)[1][:, 0])[2]
+    first = mean_low_high(_curves(run, range(len(diverged)), "loss", as_logged=True)[1][:, 0])[2]
     ceiling = 100 * np.nan_to_num(first, nan=1.0)  # a loss may reach 1e38 before it is not a number
     for ax, name in zip(axes, ("loss", "mono_per_feature", "mean_bias"), strict=True):
         for models in groups:
             steps, values = _curves(run, models, name)
-            mean, low, high = _summary(values)
+            mean, low, high = mean_low_high(values)
             known, look = np.isfinite(mean), looks[models[0]]
             ax.plot(steps[known], mean[known], marker="o" if known.sum() < 3 else "", markersize=4, **look)
             if len(models) > 1:
@@ -230,22 +98,22 @@ def training_curves(run: Run, color: str | None = None) -> Figure:
                     x = np.append(steps[np.isfinite(row)][-1:], logged[ended][-1:])
                     y = np.append(row[np.isfinite(row)][-1:], last[ended][-1:]).clip(max=ceiling)
                     ax.plot(x, y, **look, marker="X", markevery=[len(x) - 1], markersize=8, markeredgecolor="white")
-        _x_axis(ax, [2.0**e for e in powers], [f"$2^{{{e}}}$" for e in powers], [1, max(2, last_step)], 2)
+        set_x_axis(ax, [2.0**e for e in powers], [f"$2^{{{e}}}$" for e in powers], [1, max(2, last_step)], 2)
         ax.set(xlabel="step", ylabel=LABELS[name])
     loss = axes[0]
-    low, high = _summary(np.concatenate([[ceiling / 100], *(line.get_ydata() for line in loss.lines)]))[1:]
+    low, high = mean_low_high(np.concatenate([[ceiling / 100], *(line.get_ydata() for line in loss.lines)]))[1:]
     high = min(high, ceiling)
     few = ticker.MaxNLocator(5) if high < 5 * low else ticker.LogLocator(10, (1, 2, 5) if high < 1e3 * low else (1,))
     loss.set(yscale="log", ylim=(low / 1.1, high * 1.1))
     loss.yaxis.set(major_locator=few, minor_locator=ticker.NullLocator(), major_formatter="{x:g}")
     if any(spec.schedule == "published" and spec.steps > PERIOD for spec in run.specs):
-        loss.set_title(_wrap(f"after step {PERIOD}, means over whole periods of the published schedule", 3.8))
+        loss.set_title(wrapped(f"after step {PERIOD}, means over whole periods of the published schedule", 3.8))
     if max(map(len, groups)) > 1:
         label = f"mean, lowest and highest of up to {max(map(len, groups))} seeds"
         handles.append(Patch(color="0.5", alpha=0.3, label=label))
     if any(diverged):
         handles.append(Line2D([], [], color="0.3", linestyle="", marker="X", label=f"diverged ({sum(diverged)})"))
-    return _finish(figure, run, handles=handles)
+    return finished_figure(figure, run, handles=handles)
 
 
 def _sorted(run: Run, model: int) -> tuple[Array, Array, Array, str]:
@@ -258,7 +126,7 @@ def _sorted(run: Run, model: int) -> tuple[Array, Array, Array, str]:
     # Ties keep their order, so that equal models give equal figures; what is not a number comes last.
     neurons = monosemanticity(sfa).nan_to_num(-math.inf).argsort(descending=True, stable=True)
     features = sfa[neurons].nan_to_num(-math.inf).argmax(0).argsort(stable=True)
-    flags, name = monosemantic_neurons(sfa)[neurons].numpy(), _name(spec, run.grid.axes)
+    flags, name = monosemantic_neurons(sfa)[neurons].numpy(), model_name(spec, run.grid.axes)
     title = f"model {model}{': ' * bool(name)}{name}\n{flags.sum()} of {spec.n_neurons} neurons monosemantic"
     title += f" ({flags.sum() / spec.n_features:.2f} per feature), {int((sfa == 0).all(1).sum())} silent"
     return sfa[neurons][:, features].numpy(), params["b"][neurons].numpy(), flags, title
@@ -267,18 +135,17 @@ def _sorted(run: Run, model: int) -> tuple[Array, Array, Array, str]:
 def _sheet(run: Run, models: Sequence[int], heights: dict[str, float]) -> Figure:
     """Activation tables, biases or both, of models side by side, on common scales; heights in inches."""
     found = [_sorted(run, model) for model in models]
-    each = 6.5 if len(found) == 1 else float(np.clip(24 / len(found), 2.0, 3.6))  # inches
+    each = 6.5 if len(found) == 1 else float(np.clip(24 / len(found), 2.4, 3.6))  # inches
     size, ratios = (each * len(found) + 1.2, sum(heights.values()) + 1.0), list(heights.values())
-    figure, axes = _figure(*size, len(heights), len(found), height_ratios=ratios)
-    norm = _norm([0.0, *(end for sfa, *_ in found for end in _summary(sfa.ravel())[1:])])
-    low, high = _summary(np.concatenate([[0.0], *(b for _, b, *_ in found)]))[1:]
+    figure, axes = new_figure(*size, len(heights), len(found), height_ratios=ratios)
+    norm = color_norm([0.0, *(end for sfa, *_ in found for end in mean_low_high(sfa.ravel())[1:])])
+    low, high = mean_low_high(np.concatenate([[0.0], *(b for _, b, *_ in found)]))[1:]
     margin, handles = 0.05 * (high - low) or 1.0, []
     for (sfa, b, flags, title), panels in zip(found, axes.T, strict=True):
         (k, n), ax = sfa.shape, panels[-1]
         if "table" in heights:
             image = panels[0].imshow(sfa.T, norm=norm, aspect="auto", extent=(0, k, n, 0), cmap="viridis")
             image.set_cmap(colormaps["viridis"].with_extremes(bad="0.7"))
-            panels[0].set_ylabel("feature, by its strongest neuron")
         if "biases" in heights:
             handles = [
                 ax.axvline(min(n, k), color="black", ls="--", lw=1, clip_on=False, label="at N, or at k if less")
@@ -287,13 +154,15 @@ def _sheet(run: Run, models: Sequence[int], heights: dict[str, float]) -> Figure
                 place, look = np.flatnonzero(these) + 0.5, {"color": OKABE_ITO[color], "markersize": 3.5}
                 handles += ax.plot(place, b[these], marker, label=name, **look)
             ax.axhline(0, color="0.7", linewidth=0.8, zorder=0)
-            ax.set(ylabel="bias", xlim=(0, k), ylim=(low - margin, high + margin))
-        panels[0].set_title(_wrap(title, each - 0.5))
-        ax.set_xlabel(f"neuron (of {k}), by monosemanticity")
+            ax.set(xlim=(0, k), ylim=(low - margin, high + margin))
+        panels[0].set_title(wrapped(title, each - 0.5))
+        ax.set_xlabel(wrapped(f"neuron (of {k}), by monosemanticity", each - 0.6))
+    for ax, part in zip(axes[:, 0], heights, strict=True):
+        ax.set_ylabel("feature, by its strongest neuron" if part == "table" else "bias")
     if "table" in heights:
         label, width = "activation h for a feature alone, at value 1", figure.get_figwidth()
         figure.colorbar(image, ax=axes[0].tolist(), label=label, fraction=0.6 / width, pad=0.15 / width)
-    return _finish(figure, run, handles=handles)
+    return finished_figure(figure, run, handles=handles)
 
 
 @styled
@@ -331,35 +200,36 @@ def monosemanticity_against(run: Run, field: str) -> Figure:
 
     Raises `ValueError` for what is not a field of `ModelSpec`.
     """
-    values, wide = _values(run, field), field == "n_neurons"
-    fields = [other for other in _axes(run, field) if other != field]
-    figure, axes = _figure(9.5, 4.4, 1, 2)
-    looks, handles = _look(run, figure, fields)
-    numeric, several = _numeric(values), False
+    values, wide = values_of(run, field), field == "n_neurons"
+    fields = [other for other in varying_fields(run, field) if other != field]
+    fields.sort(key=lambda other: -len(values_of(run, other)))  # there are more colours than line styles
+    figure, axes = new_figure(9.5, 4.4, 1, 2)
+    looks, handles = line_looks(run, figure, fields)
+    numeric, several = is_numeric(values), False
     x = np.array(values if numeric else range(len(values)), float)
-    base = 2 if wide else 10 if numeric and isinstance(_norm(values), LogNorm) else None
-    marks = _values(run, "n_features") if wide else []
+    base = 2 if wide else 10 if numeric and isinstance(color_norm(values), LogNorm) else None
+    marks = values_of(run, "n_features") if wide else []
     for ax, column in zip(axes[0], ("mono_per_neuron", "mono_per_feature"), strict=True):
         found = _finished(run, column)
-        for models in _groups(run, fields).values():
+        for models in group_models(run, fields).values():
             at = [found[[i for i in models if getattr(run.specs[i], field) == value]] for value in values]
             known = [np.isfinite(these).any() for these in at]
-            mean, low, high = np.array([_summary(these) for these in at])[known].T
-            look = looks[models[0]] if numeric else {**looks[models[0]], "linestyle": ""}
+            mean, low, high = np.array([mean_low_high(these) for these in at])[known].T
+            look = looks[models[0]]
             ax.plot(x[known], mean, marker="o", markersize=4, **look)
             if (high > low).any():
                 bars = np.stack((mean - low, high - mean)).clip(0)  # a mean may round to beyond its ends
                 ax.errorbar(x[known], mean, bars, fmt="none", color=look["color"], capsize=3)
                 several = True
         ends = [*x, *marks] if numeric else [-0.5, len(x) - 0.5]
-        _x_axis(ax, x.tolist(), [_text(value) for value in values], ends, base)
+        set_x_axis(ax, x.tolist(), [value_text(value) for value in values], ends, base)
         lines = [ax.axvline(n, color="0.4", linewidth=1, linestyle=(0, (5, 3)), zorder=0, label="k = N") for n in marks]
         ax.set(xlabel=LABELS.get(field, field), ylabel=LABELS[column])
         ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
     handles += lines[:1]
     if several:
         handles.append(Line2D([], [], color="0.3", marker="|", markersize=9, label="mean, lowest and highest seed"))
-    return _finish(figure, run, handles=handles)
+    return finished_figure(figure, run, handles=handles)
 
 
 @styled
@@ -369,23 +239,23 @@ def heatmap(run: Run, x: str, y: str, value: str) -> Figure:
     A cell of several models also gives their standard deviation; one of none is hatched and says why. Raises
     `ValueError` for what is not a field of `ModelSpec`, one field twice, or a column that is not numeric.
     """
-    columns, rows = _values(run, x, "x"), _values(run, y, "y")
+    columns, rows = values_of(run, x, "x"), values_of(run, y, "y")
     if x == y:
         raise ValueError(f"y={y!r}: must be another field than x")
-    numeric = [name for name in run.table[0] if _numeric(row[name] for row in run.table if row[name] is not None)]
+    numeric = [name for name in run.table[0] if is_numeric(row[name] for row in run.table if row[name] is not None)]
     if value not in numeric:
         raise ValueError(f"value={value!r}: must be a numeric column of the table, one of {', '.join(numeric)}")
-    found, groups = _finished(run, value), _groups(run, (x, y))
-    means = np.array([[_summary(found[groups.get((c, r), [])])[0] for c in columns] for r in rows])
+    found, groups = _finished(run, value), group_models(run, (x, y))
+    means = np.array([[mean_low_high(found[groups.get((c, r), [])])[0] for c in columns] for r in rows])
     width, height = np.clip((0.85 * len(columns) + 2.4, 0.62 * len(rows) + 1.9), (6.0, 3.6), (18, 14)).tolist()
-    figure, ((ax,),) = _figure(width, height, 1, 1)
-    image = ax.imshow(means, origin="lower", aspect="auto", norm=_norm(means.flat), cmap="cividis")
+    figure, ((ax,),) = new_figure(width, height, 1, 1)
+    image = ax.imshow(means, origin="lower", aspect="auto", norm=color_norm(means.flat), cmap="cividis")
     size = min(8.5, 14 * (width - 2.2) / len(columns), 18 * (height - 1.7) / len(rows))
     for j, i in np.ndindex(means.shape):
         models = groups.get((columns[i], rows[j]), [])
         good, states = found[models][np.isfinite(found[models])], [run.table[model]["status"] for model in models]
         if len(good):
-            text = _text(float(f"{means[j, i]:.3g}")) + (f"\n± {good.std(ddof=1):.2g}" if len(good) > 1 else "")
+            text = value_text(float(f"{means[j, i]:.3g}")) + (f"\n± {good.std(ddof=1):.2g}" if len(good) > 1 else "")
             text += f"\n({len(good)} of {len(states)})" if len(good) < len(states) else ""
         else:
             text = "no value" if "done" in states else max(states, key=states.count, default="no model")
@@ -394,14 +264,14 @@ def heatmap(run: Run, x: str, y: str, value: str) -> Figure:
         if size >= 3.5:  # points; nobody reads less
             color = "white" if len(good) and image.norm(means[j, i]) < 0.55 else "black"
             ax.text(i, j, text, ha="center", va="center", fontsize=size, color=color)
-    ax.set_xticks(range(len(columns)), [_text(v) for v in columns], rotation=90 if len(columns) > 12 else 0)
-    ax.set_yticks(range(len(rows)), [_text(v) for v in rows])
+    ax.set_xticks(range(len(columns)), [value_text(v) for v in columns], rotation=90 if len(columns) > 12 else 0)
+    ax.set_yticks(range(len(rows)), [value_text(v) for v in rows])
     ax.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
     figure.colorbar(image, ax=ax, fraction=0.6 / width, pad=0.15 / width)
     over = ", ".join(field for field in run.grid.axes if field not in (x, y))
     most = max(map(len, groups.values()))
     note = f": mean ± standard deviation over {over}, up to {most} models a cell" if most > 1 else ""
-    return _finish(figure, run, f"{LABELS.get(value, value)}{note}\n")
+    return finished_figure(figure, run, f"{LABELS.get(value, value)}{note}\n")
 
 
 def save_all(run: Run, folder: str | Path) -> list[Path]:
@@ -434,9 +304,9 @@ def save_all(run: Run, folder: str | Path) -> list[Path]:
     if chosen:
         save("activations_and_biases", activations_and_biases(run, list(chosen)))
     for field in run.grid.axes if np.isfinite(measure).any() else ():
-        if field != "seed" and _numeric(_values(run, field)):
+        if field != "seed" and is_numeric(values_of(run, field)):
             save(f"monosemanticity_against_{field}", monosemanticity_against(run, field))
-    if len(fields := sorted(_axes(run), key=lambda field: -len(_values(run, field)))) > 1:
+    if len(fields := sorted(varying_fields(run), key=lambda field: -len(values_of(run, field)))) > 1:
         for value in ("mono_per_feature", "final_loss"):
             save(f"heatmap_{value}", heatmap(run, fields[0], fields[1], value))
     return saved

@@ -17,7 +17,20 @@ grid_script = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(grid_script)
 main = grid_script.main
 
-TINY = "--n-features 8 --d-embed 3 --n-neurons 6 --batch-size 8 --feature-prob 1/4 --steps 20".split()
+TINY = [
+    "--n-features",
+    "8",
+    "--d-embed",
+    "3",
+    "--n-neurons",
+    "6",
+    "--batch-size",
+    "8",
+    "--feature-prob",
+    "1/4",
+    "--steps",
+    "20",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +101,7 @@ def test_a_diverged_model_is_a_result(capsys):
 )  # fmt: skip
 def test_bad_arguments_end_in_exit_code_2_and_one_line(flags, said, capsys):
     assert main(flags) == 2
-    out, errors = capsys.readouterr()
+    errors = capsys.readouterr().err
     assert errors.startswith("error: ") and said in errors and errors.count("\n") == 1
     assert not list(Path.cwd().iterdir())
 
@@ -157,7 +170,7 @@ def check(flags, capsys):
     argv = [word for words in flags for word in words]
     argv += [word for name, value in bounds if name not in given_flags for word in (name, value)]
     code = main([*argv, "--no-plots", "--no-resume", "--workers", "1", "--out", "run"])
-    out, errors = capsys.readouterr()
+    errors = capsys.readouterr().err
     assert code in (0, 2), (argv, errors)
     assert code == 0 or (errors.startswith("error: ") and errors.count("\n") == 1), (argv, errors)
     if code == 0:

@@ -279,7 +279,8 @@ def test_engine_object_that_serves_several_blocks_changes_no_bit(engine: Engine)
 
 @ENGINES
 def test_number_of_threads_changes_no_bit_and_is_put_back(engine: Engine) -> None:
-    specs = mixed_specs(spec_of(**SHAPES[1]))
+    # large enough for PyTorch to share products (by MKL) and norms (above 32,768 numbers) among threads
+    specs = mixed_specs(spec_of(**{**TILED, "n_features": 70}))
     threads = torch.get_num_threads()
     found = []
     try:
@@ -354,6 +355,42 @@ def test_divergence_is_the_first_step_whose_loss_or_update_is_not_finite(
     np.testing.assert_array_equal(losses[0, :expected].numpy(), np.array(one_by_one, np.float32))
     assert losses[0, expected:].isnan().all()
     assert same_bits(models[0].parameters, block.models[0].parameters)  # and no step after that one
+
+
+@ENGINES
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"lr": 3.4028234663852886e38},
+        {
+            "lr": 3.4028234663852886e38,
+            "init_bias": 9.0,
+            "n_neurons": 2,
+        },  # |b| above |u|: LAMB's factor is beyond float32
+        {"bias_decay": 3.4028234663852886e38, "lr": 1e3},  # a factor beyond float32
+        {"bias_decay": 3.4028234663852886e38, "lr": 3e38},
+        {"l1": 3.4028234663852886e38},
+        {"init_bias": 3.4028234663852886e38},
+        {"init_bias": -3.4028234663852886e38},
+        {"lr": 2.0**-149, "schedule": "published"},
+    ],
+    ids=str,
+)
+def test_any_valid_spec_trains_or_diverges_and_raises_nothing(
+    engine: Engine, optimizer: str, extreme: dict[str, object]
+) -> None:
+    calm = spec_of(optimizer=optimizer, seed=1, n_neurons=extreme.get("n_neurons", 19))
+    for task, activation in itertools.product(TASKS, ACTIVATIONS):
+        wild = spec_of(task=task, activation=activation, optimizer=optimizer, **extreme)
+        models, losses = train(engine, [wild, calm.replace(task=task, activation=activation)], 4)
+        at, finite = models[0].diverged_step, bool(models[0].parameters.isfinite().all())
+        assert models[1].diverged_step is None and losses[1].isfinite().all()
+        if at is None:
+            assert finite and losses[0].isfinite().all()
+        else:
+            assert losses[0, : at - 1].isfinite().all() and losses[0, at:].isnan().all()
+            assert not (finite and losses[0, at - 1].isfinite())
 
 
 PLACES = [("W_in", "first"), ("W_in", "middle"), ("b", "last"), ("W_outT", "first"), ("W_outT", "last")]

@@ -50,7 +50,7 @@ def test_a_damaged_tensor_file_is_named(how, tmp_path):
     write_tensors(path, {"a": torch.arange(12.0).view(3, 4)}, {"kind": "test"})
     assert torch.equal(TensorFile(path).read("a", 1), torch.arange(4.0, 8.0))
     damage(path, how)
-    with pytest.raises(BadFile, match="x.safetensors"):
+    with pytest.raises(BadFile, match=r"x\.safetensors"):
         TensorFile(path).read_all()
 
 

@@ -251,6 +251,19 @@ def test_dead_neurons_and_density_of_a_model_made_by_hand() -> None:
     assert found["eval_loss"] == pytest.approx(float(f.square().sum(1).mean()), rel=64 * 2.0**-24)  # W_out = 0
 
 
+def test_neuron_that_fires_for_one_sample_alone_is_not_dead() -> None:
+    params, spec = hand_made()
+    largest = FeatureSampler(spec).evaluation(0, EVALUATION_SAMPLES)[:, 0].topk(2).values
+    assert largest[0] > largest[1]
+    W_in = torch.zeros(8, 5)
+    W_in[:, 0] = 1.0
+    b = torch.full((8,), -float(largest.mean()))
+    b[0] = -2.0
+    found = HeldOut().measure({**params, "W_in": W_in, "b": b}, spec)
+    assert found["dead_neurons"] == 1.0
+    assert found["density"] == 7 / (8 * EVALUATION_SAMPLES)
+
+
 def test_held_out_samples_are_those_of_the_models_own_stream_in_any_order_of_measuring() -> None:
     specs = [
         spec_of(),

@@ -137,6 +137,25 @@ def test_a_period_that_a_model_has_not_finished_is_not_averaged():
     assert xy(long)[0].max() == 3072
 
 
+@pytest.mark.parametrize("diverged", [True, False])
+def test_a_period_is_not_whole_when_its_last_loss_was_logged_but_its_end_not_reached(diverged):
+    run = fake_run(Grid(BASE.replace(steps=4096 if diverged else 2047)), diverged=[0] * diverged, diverges_at=2045)
+    if not diverged:  # a run without the last step's own entry
+        run.losses[0, -1] = math.nan
+    assert run.losses[0, run.logged_steps == 2033].isfinite().all()
+    (line,) = curves(plots.training_curves(run).axes[0])
+    assert xy(line)[0].max() == 1009
+
+
+def test_a_seed_counts_only_in_the_periods_that_it_has_finished():
+    run = fake_run(Grid(BASE, seed=range(2)))
+    run.losses[1, run.logged_steps > 3100] = math.nan
+    (line,) = curves(plots.training_curves(run).axes[0])
+    within = (run.logged_steps > 3072).numpy()
+    assert xy(line)[0][-1] == 4096
+    assert xy(line)[1][-1] == pytest.approx(run.losses[0].double().numpy()[within].mean(), rel=1e-13)
+
+
 def test_measures_are_drawn_at_their_checkpoints_without_the_missing_ones():
     run = fake_run(Grid(BASE, steps=[1000, 4096]))
     figure = plots.training_curves(run)
@@ -177,10 +196,13 @@ def test_a_diverged_model_is_drawn_up_to_there_marked_and_counted():
 
 def test_a_loss_that_explodes_does_not_stretch_the_axis():
     run = fake_run(Grid(BASE, lr=[1e-3, 1e-2]), diverged=[1], diverges_at=100)
-    run.losses[1, 3:6] = torch.tensor([1e5, 1e20, 3e38])
-    low, high = plots.training_curves(run).axes[0].get_ylim()
+    run.losses[1, 4:7] = torch.tensor([1e5, 1e20, 3e38])  # the last before it diverges
+    ax = plots.training_curves(run).axes[0]
+    low, high = ax.get_ylim()
     assert low < 0.5
     assert high < 1e3
+    (marker,) = (line for line in ax.lines if line.get_marker() == "X")
+    assert low < xy(marker)[1][-1] < high  # it is seen, at the edge
 
 
 def test_lines_share_a_colour_for_equal_values_and_a_style_for_equal_others():
@@ -269,7 +291,8 @@ def test_models_side_by_side_share_their_scales():
     images = [ax.images[0] for ax in figure.axes if ax.images]
     assert [image.get_array().shape for image in images] == [(24, 64), (24, 10)]
     assert images[0].norm is images[1].norm
-    biases = [ax for ax in figure.axes if ax.get_ylabel() == "bias"]
+    biases = [ax for ax in figure.axes if any(line.get_label() == "other neurons" for line in ax.lines)]
+    assert len(biases) == 2
     assert biases[0].get_ylim() == biases[1].get_ylim()
 
 
@@ -322,7 +345,7 @@ def test_names_are_categories():
     run = fake_run(Grid(BASE.replace(steps=16), task=["abs", "decoder"], lr=[1e-3, 1e-2]))
     ax = plots.monosemanticity_against(run, "task").axes[0]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["abs", "decoder"]
-    assert curves(ax)[0].get_linestyle() == "None"
+    assert xy(curves(ax)[1])[0].tolist() == [0, 1]
     assert xy(curves(ax)[1])[1].tolist() == [run.table[1]["mono_per_neuron"], run.table[3]["mono_per_neuron"]]
 
 
