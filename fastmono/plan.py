@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from fastmono.block import flat_size, shape_class, single_thread
-from fastmono.engines import ENGINES
+from fastmono.engines import engine_class
 from fastmono.metrics import EVALUATION_SAMPLES, NAMES
 from fastmono.philox import stream_key
 from fastmono.spec import Grid, ModelSpec
@@ -45,6 +45,10 @@ class Machine:
     """Bytes free, None where the system does not say."""
     flops: float
     """Float32 operations a second of one core, in a matrix product."""
+    device_memory: int | None = None
+    """Bytes free on the GPU, None where there is none."""
+    architecture: int = 0
+    """90 for sm_90; 0 where there is no GPU."""
 
 
 def cores() -> int:
@@ -78,7 +82,12 @@ def this_machine() -> Machine:
             started = time.perf_counter()
             torch.mm(a, a)
             best = min(best, time.perf_counter() - started)
-    return Machine(cores(), free_memory(), 2 * 384**3 / best)
+    device_memory, architecture = None, 0
+    if torch.cuda.is_available():
+        device_memory = torch.cuda.mem_get_info()[0]
+        major, minor = torch.cuda.get_device_capability()
+        architecture = 10 * major + minor
+    return Machine(cores(), free_memory(), 2 * 384**3 / best, device_memory, architecture)
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,7 @@ def block_bytes(specs: Iterable[ModelSpec], engine: str) -> int:
     """Memory that training models of one shape takes, beyond the process itself."""
     specs = list(specs)
     spec = specs[0]
-    workspace = ENGINES[engine].workspace_bytes(spec, len({stream_key(s) for s in specs}))
+    workspace = engine_class(engine).workspace_bytes(spec, len({stream_key(s) for s in specs}))
     held_out = 4 * min(EVALUATION_SAMPLES * spec.n_features, 2**24) + 2**22
     drawing = 8 * max(5 * spec.n_features * spec.d_embed, 8 * spec.n_neurons * max(spec.d_embed, spec.d_output))
     saving = 2 * max(map(model_bytes, specs)) * len(specs)  # stacked, and as the bytes of a file
@@ -168,8 +177,8 @@ def make_plan(
         for spec, name in zip(grid, hashes, strict=True)
     ]
     left = [i for i, seconds in enumerate(cost) if seconds]
-    if workers == "auto":
-        workers = 1 if sum(cost) < SHORT_SECONDS else machine.cores
+    if workers == "auto":  # a GPU is one worker's
+        workers = 1 if sum(cost) < SHORT_SECONDS or options.engine == "triton" else machine.cores
     workers = max(1, min(int(workers), len(left)))
     budget = None
     if machine.memory is not None:
@@ -184,7 +193,8 @@ def make_plan(
         members[min(workers - 1, int(workers * (before + cost[i] / 2) / total))].append(i)
         before += cost[i]
     shards = [
-        _blocks([(grid[i], hashes[i], saved.get(hashes[i])) for i in shard], options, budget) for shard in members
+        _blocks([(grid[i], hashes[i], saved.get(hashes[i])) for i in shard], options, budget, machine)
+        for shard in members
     ]
     shards = [shard for shard in shards if shard]
     pending = [(spec, saved.get(name)) for spec, name in zip(grid, hashes, strict=True)]
@@ -199,7 +209,9 @@ def make_plan(
         disk=sum(disk_bytes(spec, options.checkpoints) for spec, state in pending if steps_left(spec, state)),
         flops=sum(steps_left(spec, state) * spec.flops_per_step for spec, state in pending),
         model_steps=sum(steps_left(spec, state) for spec, state in pending),
-        seconds=max((sum(cost[i] for i in shard) for shard in members), default=0.0),
+        seconds=math.nan  # no rate of a GPU has been measured yet
+        if machine.architecture and options.engine == "triton"
+        else max((sum(cost[i] for i in shard) for shard in members), default=0.0),
     )
 
 
@@ -217,12 +229,24 @@ def _fitting_workers(specs: Iterable[ModelSpec], engine: str, workers: int, budg
     return min(workers, budget // needed)
 
 
+def _fits(specs: list[ModelSpec], options: Options, budget: int | None, machine: Machine) -> bool:
+    """Whether a block fits the host's memory, and the device's where it has one."""
+    if budget is not None and block_bytes(specs, options.engine) > budget:
+        return False
+    if options.engine != "triton" or machine.device_memory is None:
+        return True
+    from fastmono.engines.triton import TritonEngine
+
+    needed = TritonEngine.device_bytes(specs, options.precision, machine.architecture)
+    return needed <= MEMORY_SHARE * machine.device_memory
+
+
 def _gib(count: float) -> str:
     return f"{count / 2**30:,.1f} GiB"
 
 
 def _blocks(
-    models: list[tuple[ModelSpec, str, Saved | None]], options: Options, budget: int | None
+    models: list[tuple[ModelSpec, str, Saved | None]], options: Options, budget: int | None, machine: Machine
 ) -> tuple[BlockJob, ...]:
     """Blocks of one shape class and step that fit the budget; those with nothing left to train are dropped."""
 
@@ -233,11 +257,7 @@ def _blocks(
     for _, group in itertools.groupby(sorted(models, key=key), key):
         group_models = list(group)
         size = len(group_models)
-        while (
-            budget is not None
-            and size > 1
-            and block_bytes((m[0] for m in group_models[:size]), options.engine) > budget
-        ):
+        while size > 1 and not _fits([m[0] for m in group_models[:size]], options, budget, machine):
             size = -(-size // 2)
         for start in range(0, len(group_models), size):
             part = group_models[start : start + size]

@@ -20,6 +20,8 @@ WINDOW_SECONDS = 20.0
 
 def duration(seconds: float) -> str:
     """Seconds as a person says them: 42 s, 3 min 5 s, 2 h 10 min."""
+    if seconds != seconds:
+        return "not known"
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"

@@ -72,7 +72,7 @@ def train(
     Args:
         grid: the models.
         out: the run directory.
-        engine: auto | reference | cpu.
+        engine: auto | reference | cpu | triton.
         precision: auto | fp32 | tf32 | bf16.
         workers: processes, or "auto": one for each core, or this process alone for a run of seconds.
         resume: False discards what the directory holds of an earlier run.
@@ -207,7 +207,9 @@ class _Session:
         self.telemetry = Telemetry(directory, plan.hashes)
         self.last_table, self.table_cost = time.monotonic(), 0.0
         self.awaited = self._awaited_checkpoints()
-        directory.write_grid(plan.grid, plan.options.engine, plan.options.precision, about_this_process())
+        directory.write_grid(
+            plan.grid, plan.options.engine, plan.options.precision, about_this_process(plan.options.engine)
+        )
         self.progress = Progress(plan.model_steps, plan.flops, directory.path / "run.log", console)
 
     def _awaited_checkpoints(self) -> dict[int, set[str]]:
@@ -264,7 +266,7 @@ class _Session:
         kind = event["kind"]
         if kind == "start":
             self.statuses |= dict.fromkeys(event["models"], "running")
-            self.telemetry.started(event["models"], worker, "cpu")
+            self.telemetry.started(event["models"], worker, device_name(self.plan.options.engine))
             self.progress.log(f"worker {worker}: {len(event['models'])} models from step {event['step']:,}")
         elif kind == "progress":
             self.telemetry.add(event["models"], event["model_steps"], event["seconds"])
@@ -314,7 +316,14 @@ def describe_plan(plan: Plan) -> str:
     )
 
 
-def about_this_process() -> dict[str, Any]:
+def device_name(engine: str) -> str:
+    """What an engine computes on, for the records."""
+    if engine == "triton" and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return platform.processor() or platform.machine()
+
+
+def about_this_process(engine: str) -> dict[str, Any]:
     """Versions, device and command line, for grid.json."""
     from fastmono import __version__
 
@@ -325,7 +334,7 @@ def about_this_process() -> dict[str, Any]:
             "torch": torch.__version__,
             "numpy": numpy.__version__,
         },
-        "device": platform.processor() or platform.machine(),
+        "device": device_name(engine),
         "platform": platform.platform(),
         "command": sys.argv,
     }

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastmono.block import Block, Model
-from fastmono.engines import ENGINES
+from fastmono.engines import engine_class
 from fastmono.metrics import NAMES, HeldOut, measure
 from fastmono.spec import ModelSpec
 from fastmono.store import LOG_EVERY, BlockHistory, RunDirectory, Saved, contract_tensors
@@ -71,7 +71,7 @@ class BlockTrainer:
     ) -> None:
         self.directory, self.job, self.options = directory, job, options
         self.report, self.should_stop = report, should_stop
-        self.engine = ENGINES[options.engine](options.precision)
+        self.engine = engine_class(options.engine)(options.precision)
         self.steps = job.specs[0].steps
         self.history = BlockHistory()
         self.held_out = HeldOut()
@@ -143,6 +143,7 @@ class BlockTrainer:
     def _checkpoint(self) -> None:
         """Snapshot, measure, write the checkpoint where it is wanted, and the state."""
         block, hashes = self.block, self.job.hashes
+        self.engine.fetch(block)
         for model in block.models:
             if model.diverged_step is None:
                 model.snapshot.copy_(model.parameters)
@@ -163,6 +164,7 @@ class BlockTrainer:
         return measure(params, model.spec, self.held_out)
 
     def _save(self) -> None:
+        self.engine.fetch(self.block)
         self.directory.write_state(self.block.models, self.job.hashes, self.block.step, self.history)
 
     def _progress(self, n: int, trained: int, seconds: float) -> None:
@@ -196,5 +198,22 @@ def train_blocks(
     report: Callable[[Event], None],
     should_stop: Callable[[], bool],
 ) -> bool:
-    """Train blocks one after another. Returns whether all reached their end."""
-    return all(BlockTrainer(directory, job, options, report, should_stop).run() for job in jobs)
+    """Train blocks one after another, halving one that memory does not hold. Returns whether all reached their end."""
+    waiting = list(jobs)
+    while waiting:
+        job = waiting.pop(0)
+        try:
+            if not BlockTrainer(directory, job, options, report, should_stop).run():
+                return False
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            if len(job.specs) == 1:
+                raise
+            half = len(job.specs) // 2
+            report({"kind": "warning", "text": f"out of memory with {len(job.specs)} models; on with {half} ({error})"})
+            saved = directory.newest_states(job.hashes)
+            states = [saved.get(name) for name in job.hashes]
+            waiting[:0] = [
+                BlockJob(job.specs[part], job.hashes[part], tuple(states[part]))
+                for part in (slice(half), slice(half, None))
+            ]
+    return True

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastmono as fm
+from fastmono.engines import has_gpu
 from fastmono.plan import Plan
 from fastmono.progress import duration
 from fastmono.spec import CHOICES, FIELDS, REAL_NUMBERS, WHOLE_NUMBERS
@@ -72,7 +73,7 @@ def make_parser() -> Parser:
     models.add_argument("--preset", metavar="NAME", help=presets)
     run = parser.add_argument_group("the run")
     run.add_argument("--out", metavar="DIR", help="run directory (default: runs/ and the preset's name)")
-    run.add_argument("--engine", default="auto", metavar="NAME", help="auto, cpu or reference")
+    run.add_argument("--engine", default="auto", metavar="NAME", help="auto, cpu, reference or triton")
     run.add_argument("--precision", default="auto", metavar="NAME", help="auto, fp32, tf32 or bf16")
     run.add_argument("--workers", default="auto", metavar="N", help="processes; auto: one for each core")
     run.add_argument("--checkpoints", default="all", metavar="WHICH", help="which to keep: all, last or none")
@@ -85,7 +86,7 @@ def make_parser() -> Parser:
 
 def chosen_grid(arguments: argparse.Namespace) -> tuple[fm.Grid, str]:
     """The grid that the flags ask for, and its name."""
-    name = arguments.preset or "demo"
+    name = arguments.preset or ("published" if has_gpu() else "demo")
     overrides = {field: getattr(arguments, field) for field in FIELDS if getattr(arguments, field) is not None}
     grid = fm.preset(name)
     if not overrides:

@@ -309,3 +309,34 @@ def test_training_warns_of_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(GRID, tmp_path)
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_a_block_that_memory_does_not_hold_is_halved_and_its_results_do_not_change(
+    when, undisturbed, tmp_path, monkeypatch
+):
+    from fastmono.engines.cpu import CpuEngine
+
+    advance = CpuEngine.advance
+
+    def scarce(self, block, n_steps):
+        if len(block.models) > 2 and (when == "at once" or block.step >= 16):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return advance(self, block, n_steps)
+
+    monkeypatch.setattr(CpuEngine, "advance", scarce)
+    run = train(GRID, tmp_path)
+    same_results(run, undisturbed)
+    assert "out of memory with 6 models; on with 3" in (tmp_path / "run.log").read_text()
+
+
+def test_one_model_that_memory_does_not_hold_is_reported(tmp_path, monkeypatch):
+    from fastmono.engines.cpu import CpuEngine
+
+    def none(self, block, n_steps):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(CpuEngine, "advance", none)
+    with pytest.warns(RuntimeWarning, match="models 0, 1, 2, 3, 4, 5 failed"):
+        run = train(GRID, tmp_path)
+    assert {row["status"] for row in run.table} == {"failed"}

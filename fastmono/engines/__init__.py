@@ -1,9 +1,15 @@
-"""Engines: `reference` is the truth, `cpu` is fast without a GPU; `advance` is all that a trainer calls."""
+"""Engines: `reference` is the truth, `cpu` is fast without a GPU, `triton` is for CUDA GPUs.
+
+A trainer calls `advance`, and `fetch` before it looks at the parameters.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from fastmono.block import PRECISIONS, Block
@@ -18,6 +24,8 @@ class Engine(Protocol):
     name: str
     precision: str
 
+    def __init__(self, precision: str) -> None: ...
+
     def advance(self, block: Block, n_steps: int) -> Tensor:
         """Train every model of the block for n steps, in place, and return the losses, float32 [A, n].
 
@@ -27,13 +35,34 @@ class Engine(Protocol):
         """
         ...
 
+    def fetch(self, block: Block) -> None:
+        """Bring the parameters and moments of the block's models to the host, where an engine keeps them elsewhere."""
+        ...
+
     @staticmethod
     def workspace_bytes(spec: ModelSpec, n_streams: int) -> int:
         """Memory beyond the models' own state, for models of one shape that see so many streams."""
         ...
 
 
-ENGINES: dict[str, type[CpuEngine] | type[ReferenceEngine]] = {"reference": ReferenceEngine, "cpu": CpuEngine}
+ENGINES = ("reference", "cpu", "triton")
+
+
+def engine_class(name: str) -> type[Engine]:
+    """An engine by name. Triton is imported only when it is asked for: the library works where it cannot be."""
+    if name == "triton":
+        try:
+            from fastmono.engines.triton import TritonEngine
+        except ImportError as error:
+            raise ValueError(f"engine='triton': Triton is not installed here ({error})") from None
+        return TritonEngine
+    return CpuEngine if name == "cpu" else ReferenceEngine
+
+
+def has_gpu() -> bool:
+    """Whether the Triton engine is the one to use here: a CUDA device, Triton, and not its interpreter."""
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None and not interpreting
 
 
 def resolve(engine: str, precision: str) -> tuple[str, str, str]:
@@ -46,11 +75,17 @@ def resolve(engine: str, precision: str) -> tuple[str, str, str]:
     if precision not in ("auto", *PRECISIONS):
         raise ValueError(f"precision={precision!r}: must be one of auto, {', '.join(PRECISIONS)}")
     reason = "as asked"
+    on_gpu = has_gpu()
+    if engine == "auto" and on_gpu:
+        engine = "triton"
     if precision == "auto":
-        precision, reason = "fp32", "fp32 on a CPU, where rounding operands saves nothing"
+        if engine == "triton" and on_gpu:
+            precision, reason = "bf16", "bf16 on a GPU, for its matrix units"
+        else:
+            precision, reason = "fp32", "fp32 on a CPU, where rounding operands saves nothing"
     if engine == "auto":
         engine = "cpu" if precision == "fp32" else "reference"
         if engine == "reference":
             reason = f"{precision} without a GPU is emulated by the reference engine"
-    ENGINES[engine](precision)
+    engine_class(engine)(precision)
     return engine, precision, reason

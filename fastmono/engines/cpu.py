@@ -184,6 +184,9 @@ class CpuEngine:
             self._workspaces[shape] = Workspace(model.spec)
         return self._streams[stream], self._workspaces[shape]
 
+    def fetch(self, block: Block) -> None:
+        """Nothing to do: the block's models are where they are trained."""
+
     @staticmethod
     def workspace_bytes(spec: ModelSpec, n_streams: int) -> int:
         """Memory beyond the models' own state, for a block of one shape whose models see `n_streams` streams."""

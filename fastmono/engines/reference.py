@@ -71,11 +71,14 @@ class ReferenceEngine:
 
     Args:
         precision: fp32, tf32 or bf16; applies to float32 models (float64 ones, for tests, are never rounded).
+            `ValueError` for any other.
     """
 
     name = "reference"
 
     def __init__(self, precision: str = "fp32") -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision!r}: must be one of {', '.join(PRECISIONS)}")
         self.precision = precision
         self.samplers: dict[object, FeatureSampler] = {}
 
@@ -106,6 +109,9 @@ class ReferenceEngine:
         if key not in self.samplers:
             self.samplers[key] = FeatureSampler(spec)
         return self.samplers[key]
+
+    def fetch(self, block: Block) -> None:
+        """Nothing to do: the block's models are where they are trained."""
 
     @staticmethod
     def workspace_bytes(spec: ModelSpec, n_streams: int) -> int:

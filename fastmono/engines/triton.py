@@ -1,0 +1,343 @@
+"""The Triton engine: packs a block's models, launches `kernels/`, and brings back what the trainer asks for.
+
+Models of different widths stand one after another as rows of the packed tensors; those with the same launch settings
+share a launch. Without a GPU, `TRITON_INTERPRET=1` runs the same kernels on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmono.block import PRECISIONS, Block, Model, views
+from fastmono.engines.launch import Launch, choose_launch
+from fastmono.frequencies import presence_probabilities, scales, thresholds
+from fastmono.kernels.backward import backward_kernel
+from fastmono.kernels.forward import forward_kernel
+from fastmono.kernels.project import project_kernel
+from fastmono.kernels.resident import resident_kernel
+from fastmono.kernels.update import apply_kernel, finish_kernel, moments_kernel, tick_kernel
+from fastmono.optim import adam_corrections, learning_rates
+from fastmono.philox import stream_key
+from fastmono.spec import ModelSpec
+
+STEPS_A_CALL = 1024
+"""Capacity of the tables of learning rates and losses."""
+GRAPH_STEPS = 32
+ROW_NUMBERS = 32
+"""Rows of W_out^T are padded to 128 bytes."""
+N_NORMS = 6
+OPERAND = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def is_interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def is_available() -> bool:
+    """Whether the engine can run here."""
+    return torch.cuda.is_available() or is_interpreting()
+
+
+class Packed:
+    """A block's models on the device, and the scratch of their kernels."""
+
+    def __init__(self, block: Block, precision: str, device: torch.device, architecture: int) -> None:
+        spec = block.specs[0]
+        self.spec, self.precision, self.device = spec, precision, device
+        self.operand = OPERAND[precision]
+        N, m, o, B = spec.n_features, spec.d_embed, spec.d_output, spec.batch_size
+        launches = [choose_launch(architecture, N, m, s.n_neurons, o, B, precision) for s in block.specs]
+        order = sorted(range(len(launches)), key=lambda i: repr(launches[i]))
+        self.order = order
+        self.models: list[Model] = [block.models[i] for i in order]
+        self.groups: list[tuple[Launch, int, int]] = []  # settings, first model, how many
+        for position, i in enumerate(order):
+            if self.groups and self.groups[-1][0] == launches[i]:
+                launch, first, count = self.groups[-1]
+                self.groups[-1] = launch, first, count + 1
+            else:
+                self.groups.append((launches[i], position, 1))
+        self.M = launches[0].M
+        self.LO = -(-o // ROW_NUMBERS) * ROW_NUMBERS
+        self._pack_parameters()
+        self._pack_streams()
+        self._make_scratch(len(order), B, o)
+        self.graph: Any = None
+
+    def _pack_parameters(self) -> None:
+        widths = [model.spec.n_neurons for model in self.models]
+        starts = [sum(widths[:i]) for i in range(len(widths))]
+        self.rows = sum(widths)
+        self.slices = [slice(start, start + width) for start, width in zip(starts, widths, strict=True)]
+
+        def packed() -> dict[str, Tensor]:
+            shapes = {"W_in": (self.rows, self.M), "b": (self.rows,), "W_outT": (self.rows, self.LO)}
+            return {name: torch.zeros(shape, device=self.device) for name, shape in shapes.items()}
+
+        self.parameters, self.first_moment, self.second_moment = packed(), packed(), packed()
+        for model, rows in zip(self.models, self.slices, strict=True):
+            for name, flat in (
+                ("parameters", model.parameters),
+                ("first_moment", model.first_moment),
+                ("second_moment", model.second_moment),
+            ):
+                if len(flat):
+                    self._copy(model.spec, flat, getattr(self, name), rows, to_device=True)
+        self.operands = {
+            name: self.round(tensor) if name != "b" else tensor for name, tensor in self.parameters.items()
+        }
+
+    def round(self, tensor: Tensor) -> Tensor:
+        """A float32 tensor as an operand: the same memory where nothing is rounded."""
+        return tensor if self.precision == "fp32" else (
+            PRECISIONS["tf32"](tensor) if self.precision == "tf32" else tensor.to(self.operand)
+        )  # fmt: skip
+
+    @staticmethod
+    def _copy(spec: ModelSpec, flat: Tensor, packed: dict[str, Tensor], rows: slice, to_device: bool) -> None:
+        for name, view in views(spec, flat).items():
+            there = packed[name][rows] if name == "b" else packed[name][rows, : view.shape[1]]
+            if to_device:
+                there.copy_(view)
+            else:
+                view.copy_(there)
+
+    def _pack_streams(self) -> None:
+        keys = [(stream_key(model.spec), id(model.P)) for model in self.models]
+        distinct = list(dict.fromkeys(keys))
+        firsts = [self.models[keys.index(key)] for key in distinct]
+        N, M = self.spec.n_features, self.M
+
+        def transposed(projections: list[Tensor]) -> Tensor:
+            stacked = torch.zeros(len(projections), N, M)
+            for i, P in enumerate(projections):
+                stacked[i, :, : P.shape[0]] = P.T
+            return self.round(stacked.to(self.device))
+
+        share = 0.5 if self.spec.task == "abs" else 1.0
+        p = [presence_probabilities(N, share * m.spec.feature_prob, m.spec.frequency) for m in firsts]
+        self.last = torch.stack([torch.from_numpy(thresholds(x) - 1) for x in p]).to(self.device)
+        self.scale = torch.stack([torch.from_numpy(scales(x)) for x in p]).to(self.device)
+        self.seeds = torch.tensor([m.spec.seed for m in firsts], dtype=torch.int64, device=self.device)
+        self.P = transposed([m.P for m in firsts])
+        self.P2 = transposed([m.P2 for m in firsts if m.P2 is not None]) if firsts[0].P2 is not None else self.P
+        table = [
+            [model.spec.n_neurons, rows.start, distinct.index(key), model.spec.steps]
+            for model, rows, key in zip(self.models, self.slices, keys, strict=True)
+        ]
+        factors = [[model.spec.l1 / 2, 1.0 - model.spec.bias_decay * model.spec.lr] for model in self.models]
+        self.table = torch.tensor(table, dtype=torch.int64, device=self.device)
+        self.factors = torch.tensor(factors, dtype=torch.float64).float().to(self.device)
+        self.diverged = torch.tensor([m.diverged_step or 0 for m in self.models], device=self.device)
+
+    def _make_scratch(self, A: int, B: int, o: int) -> None:
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.full(shape, torch.nan if dtype.is_floating_point else 0, dtype=dtype, device=self.device)
+
+        resident = any(launch.regime == "resident" for launch, _, _ in self.groups)
+        batches = max(A, len(self.seeds)) if resident else len(self.seeds)
+        self.x = empty(batches, B, self.M, dtype=self.operand)
+        self.tau = empty(batches, B, self.M) if self.spec.task == "reprojector" else self.scale
+        self.e = empty(A, B, self.LO, dtype=self.operand)
+        parts = [(-(-B // g.rows), -(-o // g.BP)) for g, _, _ in self.groups]
+        self.dW_out = empty(max(r for r, _ in parts), self.rows, self.LO)
+        self.dW_in = empty(max(r * t for r, t in parts), self.rows, self.M)
+        self.db = empty(max(r * t for r, t in parts), self.rows)
+        self.loss_parts = max(-(-B // g.BR) * -(-o // g.BO) for g, _, _ in self.groups)
+        self.chunks = max(-(-model.spec.n_neurons // 16) for model in self.models)
+        self.loss = empty(A, self.loss_parts)
+        self.bad = empty(A, self.chunks, dtype=torch.int32)
+        self.norms = empty(A, self.chunks, N_NORMS)
+        self.step = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self.rates = torch.zeros(A, STEPS_A_CALL, device=self.device)
+        self.corrections = torch.ones(STEPS_A_CALL, 2, device=self.device)
+        self.losses = empty(A, STEPS_A_CALL)
+
+    def fetch(self) -> None:
+        """Bring parameters and moments back to the models that have not diverged."""
+        for model, rows in zip(self.models, self.slices, strict=True):
+            if model.diverged_step is None:
+                for name in ("parameters", "first_moment", "second_moment"):
+                    flat = getattr(model, name)
+                    if len(flat):
+                        self._copy(model.spec, flat, getattr(self, name), rows, to_device=False)
+
+
+class TritonEngine:
+    """Trains with the kernels of `kernels/`, on a CUDA device or in Triton's interpreter.
+
+    Args:
+        precision: fp32, tf32 or bf16.
+
+    Raises:
+        ValueError: no GPU and no interpreter, or bf16 in the interpreter, which computes it wrongly.
+    """
+
+    name = "triton"
+
+    def __init__(self, precision: str = "fp32") -> None:
+        if not is_available():
+            raise ValueError("engine='triton': needs a CUDA GPU (or TRITON_INTERPRET=1, for very small grids)")
+        if is_interpreting() and precision == "bf16":
+            raise ValueError("precision='bf16': Triton's interpreter computes it wrongly; use fp32 or tf32")
+        self.precision = precision
+        self.device = torch.device("cpu" if is_interpreting() else "cuda")
+        self.architecture = 0
+        if not is_interpreting():
+            major, minor = torch.cuda.get_device_capability()
+            self.architecture = 10 * major + minor
+        self._block: Block | None = None
+        self._packed: Packed | None = None
+
+    def _pack(self, block: Block) -> Packed:
+        if self._packed is None or self._block is not block:
+            self._packed = None  # free its memory before the next takes any
+            self._packed = Packed(block, self.precision, self.device, self.architecture)
+            self._block = block
+        return self._packed
+
+    def advance(self, block: Block, n_steps: int) -> Tensor:
+        """Train every model for n steps, on the device; `fetch` brings the parameters back. Returns float32 [A, n]."""
+        packed, parts = self._pack(block), []
+        while n_steps > 0:
+            n = min(n_steps, STEPS_A_CALL)
+            for i, model in enumerate(packed.models):
+                packed.rates[i, :n] = torch.tensor(learning_rates(model.spec, block.step, n))
+            steps = range(block.step, block.step + n)
+            packed.corrections[:n] = torch.tensor([adam_corrections(t) for t in steps])
+            packed.step.copy_(torch.tensor([block.step, block.step]))
+            packed.losses.fill_(torch.nan)
+            self._run(packed, n)
+            losses = torch.empty(len(packed.order), n)
+            losses[packed.order] = packed.losses[:, :n].cpu()
+            parts.append(losses)
+            for model, step in zip(packed.models, packed.diverged.tolist(), strict=True):
+                model.diverged_step = step or None
+            block.step += n
+            n_steps -= n
+        return torch.cat(parts, 1) if parts else torch.empty(len(packed.order), 0)
+
+    def fetch(self, block: Block) -> None:
+        """Bring the block's parameters and moments to the host."""
+        if self._packed is not None and self._block is block:
+            self._packed.fetch()
+
+    def _run(self, packed: Packed, n: int) -> None:
+        for launch, first, count in packed.groups:
+            if launch.regime == "resident":
+                launch_resident(packed, launch, first, count, n)
+        streamed = [group for group in packed.groups if group[0].regime == "streamed"]
+        if not streamed:
+            return
+        done = 0
+        if not is_interpreting() and n > GRAPH_STEPS:
+            if packed.graph is None:
+                launch_step(packed, streamed)  # compiles; a graph cannot be captured of what is not
+                done = 1
+                torch.cuda.synchronize()
+                packed.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(packed.graph):
+                    for _ in range(GRAPH_STEPS):
+                        launch_step(packed, streamed)
+            while n - done >= GRAPH_STEPS:
+                packed.graph.replay()
+                done += GRAPH_STEPS
+        for _ in range(done, n):
+            launch_step(packed, streamed)
+
+    @staticmethod
+    def device_bytes(specs: Sequence[ModelSpec], precision: str, architecture: int) -> int:
+        """Memory that a block takes on the device: what `Packed` allocates."""
+        spec = specs[0]
+        N, m, o, B = spec.n_features, spec.d_embed, spec.d_output, spec.batch_size
+        launches = [choose_launch(architecture, N, m, s.n_neurons, o, B, precision) for s in specs]
+        M, LO, size = launches[0].M, -(-o // ROW_NUMBERS) * ROW_NUMBERS, OPERAND[precision].itemsize
+        rows, A = sum(s.n_neurons for s in specs), len(specs)
+        row_parts = max(-(-B // launch.rows) for launch in launches)
+        parts = max(-(-B // launch.rows) * -(-o // launch.BP) for launch in launches)
+        state = rows * (12 * (M + LO + 1) + size * (M + LO))
+        gradients = 4 * rows * (row_parts * LO + parts * (M + 1))
+        streams = len({stream_key(s) for s in specs})
+        batches = max(A, streams) if any(launch.regime == "resident" for launch in launches) else streams
+        activations = size * (A * B * LO + batches * B * M) + (4 * batches * B * M if spec.task == "reprojector" else 0)
+        return state + gradients + activations + streams * N * (2 * size * M + 12) + 8 * A * STEPS_A_CALL
+
+    @staticmethod
+    def workspace_bytes(spec: ModelSpec, n_streams: int) -> int:
+        """Memory beyond the models' own state, on the host: what is packed before it goes to the device."""
+        return 8 * spec.n_features * max(spec.d_embed, 16) * n_streams
+
+
+def launch_step(packed: Packed, groups: list[tuple[Launch, int, int]]) -> None:
+    """One step of the streamed models."""
+    spec, precision = packed.spec, packed.precision
+    N, o, B, M, LO = spec.n_features, spec.d_output, spec.batch_size, packed.M, packed.LO
+    unit, A = 2.0 / B, packed
+    launch = groups[0][0]
+    settings = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": False}
+    project_kernel[(-(-B // launch.BR), len(A.seeds))](
+        A.step, A.seeds, A.last, A.scale, A.P, A.P2, A.x, A.tau, N, B,
+        TASK=spec.task, PRECISION=precision, M=M, BR=launch.BR, BN=launch.BN, **settings,
+    )  # fmt: skip
+    for launch, first, count in groups:
+        settings = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": False}
+        p, q = A.parameters, A.operands
+        row_tiles, tiles, row_parts = -(-B // launch.BR), -(-o // launch.BO), -(-B // launch.rows)
+        parts = row_parts * -(-o // launch.BP)
+        widest = max(model.spec.n_neurons for model in A.models[first : first + count])
+        forward_kernel[(row_tiles, tiles, count)](
+            A.table, A.diverged, A.step, A.seeds, A.last, A.scale, A.x, A.tau, q["W_in"], p["b"], q["W_outT"], A.e,
+            A.loss, o, N, B, LO, A.loss_parts, first,
+            TASK=spec.task, ACTIVATION=spec.activation, PRECISION=precision,
+            M=M, BR=launch.BR, BK=launch.BK, BO=launch.BO, **settings,
+        )  # fmt: skip
+        backward_kernel[(-(-widest // launch.BK), parts, count)](
+            A.table, A.factors, A.diverged, A.step, A.x, q["W_in"], p["b"], q["W_outT"], A.e, A.dW_in, A.db, A.dW_out,
+            o, B, LO, launch.rows, row_parts, first, A.rows,
+            ACTIVATION=spec.activation, PRECISION=precision, M=M, BR=launch.BB, BK=launch.BK, BO=launch.BP, **settings,
+        )  # fmt: skip
+        m, v = A.first_moment, A.second_moment
+        chunks = -(-widest // launch.BA)
+        if spec.optimizer != "sgd":
+            moments_kernel[(chunks, count)](
+                A.table, A.diverged, A.step, unit, A.dW_in, A.db, A.dW_out, parts, row_parts, A.rows,
+                p["W_in"], p["b"], p["W_outT"], m["W_in"], m["b"], m["W_outT"], v["W_in"], v["b"], v["W_outT"],
+                A.norms, o, LO, A.chunks, first, M=M, BA=launch.BA, BO=launch.BO, **settings,
+            )  # fmt: skip
+        apply_kernel[(chunks, count)](
+            A.table, A.factors, A.diverged, A.step, A.rates, A.corrections, STEPS_A_CALL, unit,
+            A.dW_in, A.db, A.dW_out, parts, row_parts, A.rows,
+            p["W_in"], p["b"], p["W_outT"], q["W_in"], q["W_outT"],
+            m["W_in"], m["b"], m["W_outT"], v["W_in"], v["b"], v["W_outT"], A.norms, A.bad, o, LO, A.chunks, first,
+            OPTIMIZER=spec.optimizer, PRECISION=precision, M=M, BA=launch.BA, BO=launch.BO, **settings,
+        )  # fmt: skip
+        finish_kernel[(count,)](
+            A.table, A.diverged, A.step, A.loss, A.bad, A.losses, STEPS_A_CALL, row_tiles * tiles, A.loss_parts,
+            A.chunks, B, first, BA=launch.BA, num_warps=1,
+        )  # fmt: skip
+    tick_kernel[(1,)](A.step, num_warps=1)
+
+
+def launch_resident(packed: Packed, launch: Launch, first: int, count: int, n_steps: int) -> None:
+    """All steps of the resident models of one group, in one launch."""
+    spec, A = packed.spec, packed
+    N, o, B = spec.n_features, spec.d_output, spec.batch_size
+    tiles = -(-o // launch.BO)
+    p, q, m, v = A.parameters, A.operands, A.first_moment, A.second_moment
+    resident_kernel[(count,)](
+        A.table, A.factors, A.diverged, A.step, A.seeds, A.last, A.scale, A.P, A.P2, A.rates, A.corrections,
+        A.x, A.tau, A.e, A.loss, A.bad, A.norms, A.losses, A.dW_in, A.db, A.dW_out,
+        p["W_in"], p["b"], p["W_outT"], q["W_in"], q["W_outT"],
+        m["W_in"], m["b"], m["W_outT"], v["W_in"], v["b"], v["W_outT"],
+        n_steps, STEPS_A_CALL, 2.0 / B, -(-o // launch.BP), A.rows, -(-B // launch.BR) * tiles, A.loss_parts, A.chunks,
+        o, N, B, A.LO, first,
+        TASK=spec.task, ACTIVATION=spec.activation, OPTIMIZER=spec.optimizer, PRECISION=A.precision,
+        M=A.M, BN=launch.BN, BR=launch.BR, BK=launch.BK, BO=launch.BO, BP=launch.BP, BB=launch.BB, BA=launch.BA,
+        num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=False,
+    )  # fmt: skip

@@ -1,0 +1,250 @@
+"""From partial gradients to new parameters: sums in index order, moments, norms, update, bias decay, the finite check.
+
+    g = (2/B) sum of parts     m <- .9 m + .1 g     v <- .999 v + .001 g^2
+    lamb    p <- p - lr r u,   u = m / (sqrt(v) + 1e-6),   r = min(|p|, 10) / |u|, 1 where either norm is 0
+    adamw   p <- (1 - .01 lr) p - (lr / c1) m / (sqrt(v) / c2 + 1e-8),   c1 = 1 - .9^t,  c2 = sqrt(1 - .999^t)
+    sgd     p <- p - lr g
+    b <- b (1 - bias_decay lr) while 2 step < steps
+
+Two passes, since LAMB needs the norms of whole tensors: `moments` over all neurons, then `apply`.
+
+BA neurons a chunk   M tile of the embedding dimension   BO outputs a piece   LO length of a row of W_out^T
+"""
+
+import triton
+import triton.language as tl
+
+from .products import operand
+from .tables import BIAS_FACTOR, N_FACTORS, N_FIELDS, ROW, STEPS, K, is_active
+
+BETA1, BETA2 = tl.constexpr(0.9), tl.constexpr(0.999)
+REST1, REST2 = tl.constexpr(1 - 0.9), tl.constexpr(1 - 0.999)
+LAMB_EPS, ADAMW_EPS = tl.constexpr(1e-6), tl.constexpr(1e-8)
+LARGEST_NORM = tl.constexpr(10.0)
+WEIGHT_DECAY = tl.constexpr(0.01)
+N_NORMS = tl.constexpr(6)  # |p|^2 and |u|^2 of W_in, b and W_out, for each chunk
+
+
+@triton.jit
+def gradient(p_parts, parts, stride, offsets, mask, unit):
+    """unit times the sum of the parts, in their order, at `offsets`."""
+    sum = tl.load(p_parts + offsets, mask=mask, other=0.0)
+    for part in range(1, parts):
+        sum += tl.load(p_parts + part * stride + offsets, mask=mask, other=0.0)
+    return unit * sum
+
+
+@triton.jit
+def lamb_direction(m, v):
+    """u, the shape of m."""
+    return tl.math.div_rn(m, tl.sqrt_rn(v) + LAMB_EPS)
+
+
+@triton.jit
+def moments_piece(p_parts, parts, stride, p_p, p_m, p_v, offsets, mask, unit):
+    """Update the moments of one piece of a tensor; returns its |p|^2 and |u|^2."""
+    g = gradient(p_parts, parts, stride, offsets, mask, unit)
+    m = BETA1 * tl.load(p_m + offsets, mask=mask, other=0.0) + REST1 * g
+    v = BETA2 * tl.load(p_v + offsets, mask=mask, other=0.0) + REST2 * g * g
+    tl.store(p_m + offsets, m, mask=mask)
+    tl.store(p_v + offsets, v, mask=mask)
+    p = tl.load(p_p + offsets, mask=mask, other=0.0)
+    u = lamb_direction(m, v)
+    return tl.sum(p * p), tl.sum(u * u)
+
+
+@triton.jit
+def moments_tile(
+    k0, k, unit, p_dW_in, p_db, p_dW_out, in_parts, out_parts, rows,
+    p_W_in, p_b, p_W_out, p_m_in, p_m_b, p_m_out, p_v_in, p_v_b, p_v_out, p_norms, o, LO,
+    M: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """The moments of the neurons k0 to k0 + BA of one model, and their part of the norms, float32 [N_NORMS]."""
+    i_k, i_m = k0 + tl.arange(0, BA), tl.arange(0, M)
+    m_k = i_k < k
+    o_in = i_k[:, None] * M + i_m[None, :]
+    m_in = m_k[:, None] & (i_m < M)[None, :]
+    p2, u2 = moments_piece(p_dW_in, in_parts, rows * M, p_W_in, p_m_in, p_v_in, o_in, m_in, unit)
+    tl.store(p_norms + 0, p2)
+    tl.store(p_norms + 1, u2)
+    p2, u2 = moments_piece(p_db, in_parts, rows, p_b, p_m_b, p_v_b, i_k, m_k, unit)
+    tl.store(p_norms + 2, p2)
+    tl.store(p_norms + 3, u2)
+    p2_out, u2_out = 0.0, 0.0
+    for c0 in range(0, o, BO):
+        i_o = c0 + tl.arange(0, BO)
+        o_out = i_k[:, None] * LO + i_o[None, :]
+        m_out = m_k[:, None] & (i_o < o)[None, :]
+        p2, u2 = moments_piece(p_dW_out, out_parts, rows * LO, p_W_out, p_m_out, p_v_out, o_out, m_out, unit)
+        p2_out += p2
+        u2_out += u2
+    tl.store(p_norms + 4, p2_out)
+    tl.store(p_norms + 5, u2_out)
+
+
+@triton.jit
+def trust_ratio(p_norms, chunks, tensor: tl.constexpr):
+    """min(|p|, 10) / |u| of one tensor from its chunks' norms, [chunks, N_NORMS], added in index order."""
+    p2, u2 = 0.0, 0.0
+    for chunk in range(chunks):
+        p2 += tl.load(p_norms + chunk * N_NORMS + 2 * tensor)
+        u2 += tl.load(p_norms + chunk * N_NORMS + 2 * tensor + 1)
+    norm_p, norm_u = tl.sqrt_rn(p2), tl.sqrt_rn(u2)
+    clamped = tl.where(norm_p > LARGEST_NORM, LARGEST_NORM, norm_p)  # a NaN stays: not (NaN > 10)
+    ratio = tl.math.div_rn(clamped, tl.where(norm_u == 0.0, 1.0, norm_u))
+    return tl.where((norm_p == 0.0) | (norm_u == 0.0), 1.0, ratio)
+
+
+@triton.jit
+def apply_piece(
+    p_parts, parts, stride, p_p, p_operand, p_m, p_v, offsets, mask, unit, lr, ratio, c1, c2, factor,
+    OPTIMIZER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """New parameters of one piece of a tensor, also as operands; returns how many are not finite."""
+    p = tl.load(p_p + offsets, mask=mask, other=0.0)
+    if OPTIMIZER == "sgd":
+        p -= lr * gradient(p_parts, parts, stride, offsets, mask, unit)
+    else:
+        m = tl.load(p_m + offsets, mask=mask, other=0.0)
+        v = tl.load(p_v + offsets, mask=mask, other=0.0)
+        if OPTIMIZER == "lamb":
+            p -= lr * ratio * lamb_direction(m, v)
+        else:
+            u = tl.math.div_rn(m, tl.math.div_rn(tl.sqrt_rn(v), c2) + ADAMW_EPS)
+            p = p * (1.0 - lr * WEIGHT_DECAY) - tl.math.div_rn(lr, c1) * u
+    p *= factor
+    tl.store(p_p + offsets, p, mask=mask)
+    tl.store(p_operand + offsets, operand(p, PRECISION), mask=mask)
+    return tl.sum(tl.where(tl.abs(p) < float("inf"), 0, 1))  # a NaN is not below infinity
+
+
+@triton.jit
+def apply_tile(
+    k0, k, unit, lr, c1, c2, factor, p_dW_in, p_db, p_dW_out, in_parts, out_parts, rows,
+    p_W_in, p_b, p_W_out, p_q_in, p_q_out, p_m_in, p_m_b, p_m_out, p_v_in, p_v_b, p_v_out, p_norms, o, LO,
+    OPTIMIZER: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """Update the neurons k0 to k0 + BA of one model; returns how many parameters are not finite."""
+    i_k, i_m = k0 + tl.arange(0, BA), tl.arange(0, M)
+    m_k = i_k < k
+    chunks = tl.cdiv(k, BA)
+    r_in, r_b, r_out = 1.0, 1.0, 1.0
+    if OPTIMIZER == "lamb":
+        r_in, r_b, r_out = (
+            trust_ratio(p_norms, chunks, 0),
+            trust_ratio(p_norms, chunks, 1),
+            trust_ratio(p_norms, chunks, 2),
+        )
+    o_in = i_k[:, None] * M + i_m[None, :]
+    m_in = m_k[:, None] & (i_m < M)[None, :]
+    bad = apply_piece(
+        p_dW_in, in_parts, rows * M, p_W_in, p_q_in, p_m_in, p_v_in, o_in, m_in, unit, lr, r_in, c1, c2, 1.0,
+        OPTIMIZER, PRECISION,
+    )  # fmt: skip
+    bad += apply_piece(
+        p_db, in_parts, rows, p_b, p_b, p_m_b, p_v_b, i_k, m_k, unit, lr, r_b, c1, c2, factor, OPTIMIZER, "fp32"
+    )
+    for c0 in range(0, o, BO):
+        i_o = c0 + tl.arange(0, BO)
+        o_out = i_k[:, None] * LO + i_o[None, :]
+        m_out = m_k[:, None] & (i_o < o)[None, :]
+        bad += apply_piece(
+            p_dW_out, out_parts, rows * LO, p_W_out, p_q_out, p_m_out, p_v_out, o_out, m_out,
+            unit, lr, r_out, c1, c2, 1.0, OPTIMIZER, PRECISION,
+        )  # fmt: skip
+    return bad
+
+
+@triton.jit
+def finish_model(model, step, t, n_steps, p_loss, loss_parts, p_bad, bad_parts, p_losses, p_diverged, B):
+    """The loss of a step from its parts p_loss [loss_parts], and whether the model diverged: p_bad [bad_parts]."""
+    loss = 0.0
+    for part in range(loss_parts):
+        loss += tl.load(p_loss + part)
+    loss = tl.math.div_rn(loss, B.to(tl.float32))
+    bad = 0
+    for part in range(bad_parts):
+        bad += tl.load(p_bad + part)
+    tl.store(p_losses + model * n_steps + t, loss)
+    if (bad > 0) | (not (tl.abs(loss) < float("inf"))):
+        tl.store(p_diverged + model, step + 1)
+
+
+@triton.jit(do_not_specialize=["in_parts", "out_parts", "rows", "o", "LO", "chunks", "first"])
+def moments_kernel(
+    p_models, p_diverged, p_step, unit, p_dW_in, p_db, p_dW_out, in_parts, out_parts, rows,
+    p_W_in, p_b, p_W_out, p_m_in, p_m_b, p_m_out, p_v_in, p_v_b, p_v_out, p_norms, o, LO, chunks, first,
+    M: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """Grid (chunks, models). p_norms: float32 [A, chunks, N_NORMS]; the rest as in `moments_tile`, for all models."""
+    model = (first + tl.program_id(1)).to(tl.int64)
+    k0, k = tl.program_id(0) * BA, tl.load(p_models + model * N_FIELDS + K).to(tl.int32)
+    if is_active(p_models, p_diverged, model, tl.load(p_step)) & (k0 < k):
+        row = tl.load(p_models + model * N_FIELDS + ROW)
+        i, out = row * M, row * LO
+        moments_tile(
+            k0, k, unit, p_dW_in + i, p_db + row, p_dW_out + out, in_parts, out_parts, rows.to(tl.int64),
+            p_W_in + i, p_b + row, p_W_out + out, p_m_in + i, p_m_b + row, p_m_out + out,
+            p_v_in + i, p_v_b + row, p_v_out + out, p_norms + (model * chunks + tl.program_id(0)) * N_NORMS,
+            o, LO, M, BA, BO,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_steps", "in_parts", "out_parts", "rows", "o", "LO", "chunks", "first"])
+def apply_kernel(
+    p_models, p_factors, p_diverged, p_step, p_rates, p_corrections, n_steps, unit,
+    p_dW_in, p_db, p_dW_out, in_parts, out_parts, rows, p_W_in, p_b, p_W_out, p_q_in, p_q_out,
+    p_m_in, p_m_b, p_m_out, p_v_in, p_v_b, p_v_out, p_norms, p_bad, o, LO, chunks, first,
+    OPTIMIZER: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """Grid (chunks, models). p_rates: float32 [A, n_steps]; p_corrections: [n_steps, 2]; p_bad: int32 [A, chunks]."""
+    model = (first + tl.program_id(1)).to(tl.int64)
+    step, t = tl.load(p_step), tl.load(p_step) - tl.load(p_step + 1)
+    k0, k = tl.program_id(0) * BA, tl.load(p_models + model * N_FIELDS + K).to(tl.int32)
+    if is_active(p_models, p_diverged, model, step) & (k0 < k):
+        row = tl.load(p_models + model * N_FIELDS + ROW)
+        i, out = row * M, row * LO
+        decays = 2 * step < tl.load(p_models + model * N_FIELDS + STEPS)
+        factor = tl.where(decays, tl.load(p_factors + model * N_FACTORS + BIAS_FACTOR), 1.0)
+        bad = apply_tile(
+            k0, k, unit, tl.load(p_rates + model * n_steps + t),
+            tl.load(p_corrections + 2 * t), tl.load(p_corrections + 2 * t + 1), factor,
+            p_dW_in + i, p_db + row, p_dW_out + out, in_parts, out_parts, rows.to(tl.int64),
+            p_W_in + i, p_b + row, p_W_out + out, p_q_in + i, p_q_out + out,
+            p_m_in + i, p_m_b + row, p_m_out + out, p_v_in + i, p_v_b + row, p_v_out + out,
+            p_norms + model * chunks * N_NORMS, o, LO, OPTIMIZER, PRECISION, M, BA, BO,
+        )  # fmt: skip
+        tl.store(p_bad + model * chunks + tl.program_id(0), bad)
+
+
+@triton.jit(do_not_specialize=["n_steps", "loss_parts", "loss_stride", "chunks", "B", "first"])
+def finish_kernel(
+    p_models,
+    p_diverged,
+    p_step,
+    p_loss,
+    p_bad,
+    p_losses,
+    n_steps,
+    loss_parts,
+    loss_stride,
+    chunks,
+    B,
+    first,
+    BA: tl.constexpr,
+):
+    """Grid (models). Writes losses [A, n_steps] at this step, and the diverged step."""
+    model = (first + tl.program_id(0)).to(tl.int64)
+    step, t = tl.load(p_step), tl.load(p_step) - tl.load(p_step + 1)
+    if is_active(p_models, p_diverged, model, step):
+        own = tl.cdiv(tl.load(p_models + model * N_FIELDS + K).to(tl.int32), BA)
+        finish_model(
+            model, step, t, n_steps, p_loss + model * loss_stride, loss_parts, p_bad + model * chunks, own,
+            p_losses, p_diverged, B,
+        )  # fmt: skip
+
+
+@triton.jit
+def tick_kernel(p_step):
+    """One program: the next step. A node of its own, so that nothing that reads the counter writes it."""
+    tl.store(p_step, tl.load(p_step) + 1)
