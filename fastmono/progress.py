@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -37,9 +38,18 @@ class Progress:
         model_steps, flops: what is left to do.
         log: a file to which every line is appended.
         console: where the line is shown; None shows nothing.
+        more: gives the end of the line (what a GPU reports of itself).
     """
 
-    def __init__(self, model_steps: int, flops: int, log: Path, console: Console | None) -> None:
+    def __init__(
+        self,
+        model_steps: int,
+        flops: int,
+        log: Path,
+        console: Console | None,
+        more: Callable[[], str] = lambda: "",
+    ) -> None:
+        self.more = more
         self.total_steps, self.total_flops = model_steps, flops
         self.console = console
         self.log_file = log.open("a", encoding="utf-8")
@@ -112,4 +122,4 @@ class Progress:
             parts.append(f"best loss {min(losses):.4g}")
         if shares:
             parts.append(f"monosemantic/N up to {max(shares):.2f}")
-        return "  ".join(parts)
+        return "  ".join(filter(None, (*parts, self.more())))

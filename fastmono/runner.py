@@ -18,6 +18,7 @@ from rich.console import Console
 from fastmono.engines import resolve
 from fastmono.executor import Stop, execute
 from fastmono.files import BadFile, DirectoryLock, read_json, remove_temporaries
+from fastmono.monitor import GpuMonitor
 from fastmono.plan import Plan, content_hashes, make_plan, this_machine
 from fastmono.progress import Progress, duration
 from fastmono.run import Run
@@ -210,7 +211,10 @@ class _Session:
         directory.write_grid(
             plan.grid, plan.options.engine, plan.options.precision, about_this_process(plan.options.engine)
         )
-        self.progress = Progress(plan.model_steps, plan.flops, directory.path / "run.log", console)
+        self.monitor = GpuMonitor() if plan.options.engine == "triton" else None
+        self.joules = 0.0
+        more = self.monitor.line if self.monitor else str
+        self.progress = Progress(plan.model_steps, plan.flops, directory.path / "run.log", console, more)
 
     def _awaited_checkpoints(self) -> dict[int, set[str]]:
         """For each checkpoint that is kept and still to come, the models that will pass it."""
@@ -229,7 +233,9 @@ class _Session:
         plan, started = self.plan, time.monotonic()
         try:
             with self.progress, self.stop.listening():
-                self.progress.log(f"{describe_plan(plan)}")
+                self.progress.log(describe_plan(plan))
+                if self.monitor and self.monitor.note:
+                    self.progress.log(self.monitor.note)
                 self._write_tables()
                 execute(self.directory, plan.shards, plan.options, self._hear, self.stop, lock_descriptor)
                 self._settle()
@@ -239,6 +245,9 @@ class _Session:
         except BaseException:
             self._settle()
             raise
+        finally:
+            if self.monitor:
+                self.monitor.close()
         for text in self.failures:
             warnings.warn(text, RuntimeWarning, stacklevel=3)
         if self.stop.requested:
@@ -269,7 +278,7 @@ class _Session:
             self.telemetry.started(event["models"], worker, device_name(self.plan.options.engine))
             self.progress.log(f"worker {worker}: {len(event['models'])} models from step {event['step']:,}")
         elif kind == "progress":
-            self.telemetry.add(event["models"], event["model_steps"], event["seconds"])
+            self.telemetry.add(event["models"], event["model_steps"], event["seconds"], self._joules_since())
         elif kind == "checkpoint":
             self.progress.log(f"worker {worker}: checkpoint after step {event['step']:,}")
             self._reach(event["step"], event["models"])
@@ -285,6 +294,14 @@ class _Session:
         self.progress.update(event)
         if time.monotonic() - self.last_table > max(TABLE_SECONDS, 20 * self.table_cost):
             self._write_tables()
+
+    def _joules_since(self) -> float | None:
+        """Energy that the GPU took since the last call, None where it is not known."""
+        now = self.monitor.read().get("joules") if self.monitor else None
+        if now is None:
+            return None
+        since, self.joules = now - self.joules, now
+        return since
 
     def _fail(self, worker: int, text: str) -> None:
         names = {name for job in self.plan.shards[worker] for name in job.hashes}

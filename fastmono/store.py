@@ -2,7 +2,7 @@
 
     grid.json            schema version, every spec, engine, precision, versions, device, command line
     models.csv           one row a model: spec, status, results
-    telemetry.csv        what is not a result: worker, seconds, rate
+    telemetry.csv        what is not a result: worker, seconds, rate, energy
     history.safetensors  losses, and every measure at every checkpoint
     run.log              one line an event
     checkpoints/         step-<step>-<block>.safetensors    parameters after 0, 1, 2, 4, 8, ... steps and the last
@@ -45,7 +45,9 @@ RESULTS = (
     "mean_bias", "density", "diverged_step",
 )  # fmt: skip
 WHOLE_RESULTS = ("mono_neurons", "dead_neurons", "diverged_step")
-TELEMETRY = ("model", "hash", "device", "worker", "sessions", "seconds", "model_steps", "model_steps_per_second")
+TELEMETRY = (
+    "model", "hash", "device", "worker", "sessions", "seconds", "model_steps", "model_steps_per_second", "joules",
+)  # fmt: skip
 LOG_EVERY = 16
 FINAL_STEPS = 1024
 MOMENTS = ("first_moment", "second_moment")

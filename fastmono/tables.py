@@ -98,6 +98,7 @@ class Telemetry:
                 old = earlier[name]
                 row |= {"device": old["device"], "worker": old["worker"], "sessions": int(old["sessions"])}
                 row |= {"seconds": float(old["seconds"]), "model_steps": int(old["model_steps"])}
+                row["joules"] = float(old["joules"]) if old["joules"] else None
             self.rows[name] = row | {"model": i, "hash": name}
 
     def started(self, models: Sequence[str], worker: int, device: str) -> None:
@@ -106,11 +107,13 @@ class Telemetry:
             row = self.rows[name]
             row |= {"device": device, "worker": worker, "sessions": row["sessions"] + 1}
 
-    def add(self, models: Sequence[str], model_steps: int, seconds: float) -> None:
-        """A block trained for so long: shared equally by its models."""
+    def add(self, models: Sequence[str], model_steps: int, seconds: float, joules: float | None = None) -> None:
+        """A block trained for so long, and took so much energy if that is known: shared equally by its models."""
         for name in models:
             self.rows[name]["seconds"] += seconds / len(models)
             self.rows[name]["model_steps"] += model_steps // len(models)
+            if joules is not None:
+                self.rows[name]["joules"] = (self.rows[name]["joules"] or 0.0) + joules / len(models)
 
     def write(self) -> None:
         """Write telemetry.csv."""
