@@ -17,8 +17,11 @@ from torch import Tensor
 from fastmono.philox import Purpose, normals, uniforms
 from fastmono.spec import ModelSpec
 
-TENSORS = ("W_in", "b", "W_outT")
 ALIGNMENT = 16  # float32 numbers in 64 bytes
+
+
+class EngineError(RuntimeError):
+    """An engine cannot go on: the message says with which shape and settings, in a line."""
 
 
 def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

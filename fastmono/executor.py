@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from fastmono.block import single_thread
+from fastmono.block import EngineError, single_thread
 from fastmono.files import BadFile
 from fastmono.spec import ModelSpec
 from fastmono.store import RunDirectory, Saved
@@ -127,8 +127,8 @@ def execute(
 
 
 def describe_failure(error: BaseException) -> str:
-    """One line for what the system refused (disk, memory, a damaged file), else the traceback."""
-    if isinstance(error, OSError | MemoryError | BadFile):
+    """One line for what the system refused (disk, memory, a damaged file, a GPU), else the traceback."""
+    if isinstance(error, OSError | MemoryError | BadFile | EngineError):
         return f"{type(error).__name__}: {error}".strip(": ")
     return "".join(traceback.format_exception(error)).strip()
 

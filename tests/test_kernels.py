@@ -250,6 +250,19 @@ def test_the_main_job_trains_a_small_grid_end_to_end(bound, tmp_path, monkeypatc
 
 
 @interpreted
+def test_an_error_of_a_kernel_names_shape_and_settings_in_one_line(tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("a page of compiler output\nPassManager::run failed")
+
+    monkeypatch.setattr(engine_module, "launch_resident", broken)
+    with pytest.warns(
+        RuntimeWarning, match=r"failed at N 22, m 5, .*regime='resident'.*PassManager::run failed"
+    ) as said:
+        run = fm.train(BASE, tmp_path, engine="triton", precision="fp32", workers=1, quiet=True)
+    assert "\n" not in str(said[0].message) and run.table[0]["status"] == "failed"
+
+
+@interpreted
 def test_bf16_in_the_interpreter_is_refused():
     with pytest.raises(ValueError, match=r"bf16.*wrongly"):
         engine_module.TritonEngine("bf16")

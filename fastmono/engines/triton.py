@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmono.block import PRECISIONS, Block, Model, views
+from fastmono.block import PRECISIONS, Block, EngineError, Model, views
 from fastmono.engines.launch import Launch, choose_launch
 from fastmono.frequencies import presence_probabilities, scales, thresholds
 from fastmono.kernels.backward import backward_kernel
@@ -42,6 +42,12 @@ def is_interpreting() -> bool:
 def is_available() -> bool:
     """Whether the engine can run here."""
     return torch.cuda.is_available() or is_interpreting()
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says in the end: compilers print pages before."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
 
 
 class Packed:
@@ -159,6 +165,14 @@ class Packed:
         self.corrections = torch.ones(STEPS_A_CALL, 2, device=self.device)
         self.losses = empty(A, STEPS_A_CALL)
 
+    def describe(self) -> str:
+        """Shape and settings in a line, for an error."""
+        spec, launches = self.spec, ", ".join(dict.fromkeys(str(launch) for launch, _, _ in self.groups))
+        shape = (
+            f"N {spec.n_features}, m {spec.d_embed}, o {spec.d_output}, B {spec.batch_size}, {len(self.models)} models"
+        )
+        return f"the triton engine failed at {shape}, {spec.task}, {self.precision}, {launches}"
+
     def fetch(self) -> None:
         """Bring parameters and moments back to the models that have not diverged."""
         for model, rows in zip(self.models, self.slices, strict=True):
@@ -213,9 +227,15 @@ class TritonEngine:
             packed.corrections[:n] = torch.tensor([adam_corrections(t) for t in steps])
             packed.step.copy_(torch.tensor([block.step, block.step]))
             packed.losses.fill_(torch.nan)
-            self._run(packed, n)
+            try:
+                self._run(packed, n)
+                found = packed.losses[:, :n].cpu()  # waits for the device, whose errors come out here
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise EngineError(f"{packed.describe()}: {type(error).__name__}: {last_line(error)}") from error
             losses = torch.empty(len(packed.order), n)
-            losses[packed.order] = packed.losses[:, :n].cpu()
+            losses[packed.order] = found
             parts.append(losses)
             for model, step in zip(packed.models, packed.diverged.tolist(), strict=True):
                 model.diverged_step = step or None
