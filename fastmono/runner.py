@@ -101,15 +101,15 @@ def train(
         directory, options, reason = _options(grid, *arguments)
         for folder in (directory.path, directory.checkpoints):
             remove_temporaries(folder)
-        if not resume:
-            directory.clear()
-        saved = directory.newest_states(content_hashes(grid, options))
+        saved = directory.newest_states(content_hashes(grid, options)) if resume else {}
         plan = make_plan(grid, options, reason, saved, workers, this_machine())
         if plan.disk > (free := free_space(directory.path)):
             raise ValueError(
                 f"the run needs {plan.disk / 2**30:,.1f} GiB of disk, and {free / 2**30:,.1f} GiB are free in "
                 f"{directory.path}: choose another directory, or keep fewer checkpoints"
             )
+        if not resume:  # last of all: a run that cannot be trained costs no earlier one
+            directory.clear()
         session = _Session(directory, plan, on_checkpoint, None if quiet else console or Console(stderr=True))
         session.run(lock.descriptor)
     finally:
@@ -173,7 +173,8 @@ def _is_json(path: Path) -> bool:
 
 
 def _refuse_other_models(directory: RunDirectory, held: Grid, asked: Grid) -> None:
-    missing = [spec for spec in held if spec not in set(asked)]
+    wanted = set(asked)
+    missing = [spec for spec in held if spec not in wanted]
     if not missing:
         return
     differences = []

@@ -186,6 +186,13 @@ def test_no_resume_discards_the_run_and_nothing_else(tmp_path):
     assert len(list(run.directory.checkpoints.glob("state-*"))) == 2
 
 
+def test_no_resume_with_a_grid_that_cannot_be_trained_discards_nothing(tmp_path):
+    run = train(GRID, tmp_path)
+    with pytest.raises(ValueError, match="one such model takes"):
+        train(TINY.replace(n_neurons=2**31 - 1), tmp_path, resume=False)
+    same_results(fm.load_run(tmp_path), run)
+
+
 def test_checkpoints_are_kept_as_asked_and_results_do_not_depend_on_it(undisturbed, tmp_path):
     for policy, steps in (("last", [40]), ("none", [])):
         run = train(GRID, tmp_path / policy, checkpoints=policy)
