@@ -1,8 +1,8 @@
 """The state of training models: parameters, moments, projections, initial values; and what a precision means.
 
 A model's W_in [k, m], b [k] and W_outT [k, o] (W_out transposed, so that a neuron is a row of all three) are views of
-one flat float32 buffer of its own, each starting on a 64-byte boundary, as are its moments: whatever an engine computes
-from them cannot depend on which models stand beside it.
+one flat float32 buffer of its own, every row starting on a 64-byte boundary, as are its moments: whatever an engine
+computes from them cannot depend on which models stand beside it.
 """
 
 from __future__ import annotations
@@ -30,19 +30,25 @@ def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return {"W_in": (k, spec.d_embed), "b": (k,), "W_outT": (k, spec.d_output)}
 
 
+def padded(n: int) -> int:
+    """The length of a row of n numbers in a model's buffers, a multiple of 64 bytes."""
+    return -(-n // ALIGNMENT) * ALIGNMENT
+
+
 def views(spec: ModelSpec, flat: Tensor) -> dict[str, Tensor]:
-    """The trained tensors as views of a model's flat buffer."""
+    """The trained tensors as views of a model's flat buffer: rows one after another, each padded."""
     found, offset = {}, 0
-    for name, shape in shapes(spec).items():
-        size = functools.reduce(int.__mul__, shape)
-        found[name] = flat[offset : offset + size].view(shape)
-        offset += -(-size // ALIGNMENT) * ALIGNMENT
+    for name, (*rows, length) in shapes(spec).items():
+        size = padded(length) * (rows[0] if rows else 1)
+        tensor = flat[offset : offset + size]
+        found[name] = tensor.view(-1, padded(length))[:, :length] if rows else tensor[:length]
+        offset += size
     return found
 
 
 def flat_size(spec: ModelSpec) -> int:
-    """Numbers in a model's flat buffer: its parameters and the padding between them, which stays 0."""
-    return sum(-(-functools.reduce(int.__mul__, shape) // ALIGNMENT) * ALIGNMENT for shape in shapes(spec).values())
+    """Numbers in a model's flat buffer: its parameters and the padding of their rows, which stays 0."""
+    return spec.n_neurons * (padded(spec.d_embed) + padded(spec.d_output)) + padded(spec.n_neurons)
 
 
 @contextmanager

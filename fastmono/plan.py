@@ -31,9 +31,12 @@ PROCESS_BYTES = 350 * 2**20
 """A worker with PyTorch loaded."""
 SHORT_SECONDS = 6.0
 """A run expected to be shorter than this is trained in this process: workers take seconds to start."""
-OVERHEAD_SECONDS = 80e-6
-"""A model-step's calls into PyTorch, and a word of the feature sampler: measured on a 2.6 GHz Zen 5 core."""
-WORD_SECONDS = 12e-9
+OVERHEAD_SECONDS = {"cpu": 20e-6, "reference": 150e-6}
+"""What a model-step takes besides its products, and a word of the feature sampler: measured on cores of 2.5 GHz."""
+WORD_SECONDS = {"cpu": 1e-9, "reference": 12e-9}
+DENSE_SHARE, SPARSE_SHARE = 1.25, 0.5
+"""Time of a model-step's products over that of dense ones at the machine's rate: where most activations are not zero,
+and where the CPU engine skips those that are, with a negative initial bias most of them throughout."""
 
 
 @dataclass(frozen=True)
@@ -149,10 +152,13 @@ def disk_bytes(spec: ModelSpec, policy: str) -> int:
     return kept * (4 * spec.n_parameters + projections) + KEPT_STATES * model_bytes(spec) + model_bytes(spec) // 4
 
 
-def model_seconds(spec: ModelSpec, machine: Machine, sharing: int) -> float:
+def model_seconds(spec: ModelSpec, engine: str, machine: Machine, sharing: int) -> float:
     """One step of one model on one core, when so many models share its batches."""
+    kind = "cpu" if engine == "cpu" else "reference"
     words = spec.batch_size * spec.n_features * (2 if spec.task == "abs" else 1)
-    return 1.15 * spec.flops_per_step / machine.flops + OVERHEAD_SECONDS + words * WORD_SECONDS / sharing
+    skips = kind == "cpu" and spec.activation == "relu" and spec.init_bias < 0
+    products = (SPARSE_SHARE if skips else DENSE_SHARE) * spec.flops_per_step / machine.flops
+    return products + OVERHEAD_SECONDS[kind] + words * WORD_SECONDS[kind] / sharing
 
 
 def make_plan(
@@ -173,7 +179,8 @@ def make_plan(
         key = shape_class(spec), stream_key(spec)
         sharing[key] = sharing.get(key, 0) + 1
     cost = [
-        steps_left(spec, saved.get(name)) * model_seconds(spec, machine, sharing[shape_class(spec), stream_key(spec)])
+        steps_left(spec, saved.get(name))
+        * model_seconds(spec, options.engine, machine, sharing[shape_class(spec), stream_key(spec)])
         for spec, name in zip(grid, hashes, strict=True)
     ]
     left = [i for i, seconds in enumerate(cost) if seconds]

@@ -20,8 +20,9 @@ from fastmono.metrics import NAMES, HeldOut, measure
 from fastmono.spec import ModelSpec
 from fastmono.store import LOG_EVERY, BlockHistory, RunDirectory, Saved, contract_tensors
 
-SECONDS_A_CALL = 0.25
-"""What one call of the engine should take: progress and Ctrl-C wait for it."""
+SECONDS_A_CALL = 1.0
+"""What one call of the engine should take: progress and Ctrl-C wait for it, and a model trains through a call's steps
+before the next does, which keeps it in cache."""
 
 Event = dict[str, Any]
 

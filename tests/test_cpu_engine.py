@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +17,10 @@ import torch
 from torch import Tensor
 
 from fastmono.block import Block, Model, views
-from fastmono.engines import CpuEngine, ReferenceEngine
 from fastmono.engines import cpu as cpu_engine
+from fastmono.engines import cpu_kernels, simd
+from fastmono.engines.cpu import CpuEngine
+from fastmono.engines.reference import ReferenceEngine
 from fastmono.optim import learning_rates
 from fastmono.philox import FeatureSampler
 from fastmono.spec import ModelSpec
@@ -151,6 +158,78 @@ def test_odd_shapes_agree_with_the_reference(task: str, shape: dict[str, object]
             worse = float((reference.models[i].tensors[name] - right).norm())
             allowed = 3 * worse + (spec.batch_size**0.5 + 8) * 2.0**-24 * float(right.norm())
             assert float((found.models[i].tensors[name] - right).norm()) <= allowed, name
+
+
+RELU_SHAPES = {  # whether z comes from the features present, and the shape
+    "every width of piece, more than one tile and block": (True, {
+        "n_features": 245, "d_embed": 37, "n_neurons": 150, "batch_size": 400, "feature_prob": 0.05,
+    }),
+    "all features present": (False, {
+        "n_features": 16, "d_embed": 16, "n_neurons": 40, "batch_size": 70, "feature_prob": 1.0, "frequency": "uniform",
+    }),
+    "an embedding of more than one piece": (False, {
+        "n_features": 150, "d_embed": 145, "n_neurons": 20, "batch_size": 65, "feature_prob": 0.1,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", RELU_SHAPES)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_relu_of_every_arrangement_agrees_with_the_reference(task: str, shape: str) -> None:
+    through, fields = RELU_SHAPES[shape]
+    base = spec_of(task=task, **fields)
+    specs = [s.replace(frequency=fields.get("frequency", s.frequency)) for s in mixed_specs(base)]
+    assert cpu_engine.through_features(base) == through
+    truth, reference, found = Block.new(specs, torch.float64), Block.new(specs), Block.new(specs)
+    for engine, block in ((ReferenceEngine(), truth), (ReferenceEngine(), reference), (CpuEngine(), found)):
+        engine.advance(block, 3)
+    for i, model in enumerate(found.models):
+        for name, right in truth.models[i].tensors.items():
+            worse = float((reference.models[i].tensors[name] - right).norm())
+            allowed = 3 * worse + base.batch_size**0.5 * 2.0**-24 * float(right.norm())
+            assert float((model.tensors[name] - right).norm()) <= allowed, (i, name)
+
+
+@pytest.mark.parametrize("step", [0, 2**32 - 1])
+@pytest.mark.parametrize("task", ["decoder", "abs"])
+@pytest.mark.parametrize("frequency", ["uniform", "power_law"])
+@pytest.mark.parametrize("shape", [(1, 1.0, 5), (45, 0.4, 70), (128, 1 / 32, 64)])
+def test_compiled_sampler_gives_the_bits_of_the_feature_sampler(
+    shape: tuple[int, float, int], frequency: str, task: str, step: int
+) -> None:
+    N, p, B = shape
+    if N == 1 and frequency == "power_law":
+        pytest.skip("refused: the only feature would be clipped")
+    spec = spec_of(
+        n_features=N, d_embed=1, feature_prob=p, batch_size=B, frequency=frequency, task=task, seed=2**32 - 3
+    )
+    stream = cpu_engine.Stream(Model(spec))
+    stream.sample(step, 2)
+    for i in range(2):
+        starts = stream.starts[i].tolist()
+        f = torch.zeros(B, N)
+        for r in range(B):
+            present = slice(starts[r], starts[r + 1])
+            f[r, stream.indices[present].long()] = stream.values[present]
+        assert same_bits(f, FeatureSampler(spec).batch(step + i, 0, B))
+
+
+def test_what_numba_keeps_is_dropped_when_the_vectors_change() -> None:
+    digest = hashlib.sha256(Path(simd.__file__).read_bytes()).hexdigest()
+    assert digest.startswith(cpu_kernels.SIMD), f"set SIMD in cpu_kernels.py to {digest[:16]}"
+
+
+@pytest.mark.slow
+def test_processors_without_the_widest_registers_agree_with_the_reference() -> None:
+    environment = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+bmi,+bmi2,+popcnt"}
+    code = (
+        "import sys, pytest; from fastmono.engines.simd import WIDEST; assert WIDEST == 32; "
+        "sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    flags = ["-q", "-x", "-p", "no:cacheprovider", "-k", "(agree or agrees) and not (gelu or solu or widest)", __file__]
+    done = subprocess.run([sys.executable, "-c", code, *flags], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @ENGINES
@@ -397,8 +476,16 @@ PLACES = [("W_in", "first"), ("W_in", "middle"), ("b", "last"), ("W_outT", "firs
 
 
 def plant(spec: ModelSpec, flat: Tensor, place: tuple[str, str], value: float) -> None:
-    tensor = views(spec, flat)[place[0]].view(-1)
-    tensor[{"first": 0, "middle": len(tensor) // 2, "last": len(tensor) - 1}[place[1]]] = value
+    tensor = views(spec, flat)[place[0]]
+    where = {"first": 0, "middle": tensor.numel() // 2, "last": tensor.numel() - 1}[place[1]]
+    tensor[np.unravel_index(where, tensor.shape)] = value
+
+
+def is_active(model: Model, place: tuple[str, str]) -> bool:
+    """Whether a sample of the batch that three steps precede activates the first or last neuron."""
+    f = FeatureSampler(model.spec).batch(3, 0, model.spec.batch_size)
+    z = f @ model.P.T @ model.tensors["W_in"].T + model.tensors["b"]
+    return bool((z[:, 0 if place[1] == "first" else -1] > 0).any())
 
 
 @ENGINES
@@ -410,8 +497,13 @@ def test_nan_in_a_parameter_shows_at_the_next_step(engine: Engine, activation: s
     before = trainer.advance(block, 3)
     assert before.isfinite().all()
     plant(spec, block.models[1].parameters, place, math.nan)
+    active = (
+        place[0] != "W_outT" or engine is ReferenceEngine or activation != "relu" or is_active(block.models[1], place)
+    )
     after = trainer.advance(block, 4)
-    assert block.models[1].diverged_step == 4 and after[1].isnan().all()
+    assert block.models[1].diverged_step == 4 and after[1, 1:].isnan().all()
+    # Where zeros are skipped, an output weight of a neuron that no sample activates is not in the loss.
+    assert bool(after[1, 0].isnan()) == active
     assert block.models[0].diverged_step is None and after[0].isfinite().all()
 
 

@@ -1,10 +1,9 @@
-"""The CPU engine: the reference's arithmetic in float32, arranged for one core.
+"""The CPU engine: float32 on one core, a few times faster than its dense arithmetic at the machine's product rate.
 
-What is different from `reference.py`, and why:
-- a batch is sampled, projected and turned into a target once for all models that share it;
-- the bias, the residual's subtraction and the factor 2/B ride on the matrix products (`addmm`'s beta and alpha);
-- rows pass in tiles whose activations stay in cache, and every buffer is allocated once;
-- the optimizer works on a model's flat buffers, in place: one pass serves its three tensors.
+- The batches of several steps are drawn once for all models that share them, as lists of the features present.
+- Then one model after another trains through those steps in one compiled call, with its state in cache
+  (cpu_kernels.py). ReLU's zeros are skipped: they add nothing.
+- gelu and solu have no zeros. Their products are PyTorch's, in row tiles that stay in cache.
 
 The arithmetic of a model, and the address alignment of everything it touches, follow from its own spec alone.
 """
@@ -12,127 +11,166 @@ The arithmetic of a model, and the address alignment of everything it touches, f
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastmono.block import Block, Model, flat_size, shape_class, single_thread, views
-from fastmono.optim import (
-    ADAMW_EPS,
-    ADAMW_WEIGHT_DECAY,
-    BETA1,
-    BETA2,
-    LAMB_EPS,
-    LAMB_LARGEST_NORM,
-    adam_corrections,
-    bias_factor,
-    finite_or_inf,
-    learning_rates,
-)
-from fastmono.philox import FeatureSampler, stream_key
-from fastmono.spec import ModelSpec
-from fastmono.tasks import ACTIVATION, DERIVATIVE, target
+from fastmono.block import Block, Model, flat_size, padded, shape_class, single_thread
+from fastmono.engines import cpu_kernels as kernels
+from fastmono.engines.simd import REGISTER
+from fastmono.frequencies import presence_probabilities, scales, thresholds
+from fastmono.optim import adam_corrections, bias_factor, learning_rates
+from fastmono.philox import Purpose, stream_key
+from fastmono.spec import OPTIMIZERS, TASKS, ModelSpec
+from fastmono.tasks import ACTIVATION, DERIVATIVE
 
+STEPS_AT_ONCE = 32
+STREAM_NUMBERS = 2**23
+"""Features, present or not, that are drawn at once at most (but at least one step's)."""
 TILE_NUMBERS = 2**17
-"""Activations a row tile holds at most: h and dh then take 1 MiB together."""
+"""Activations a row tile of the dense path holds at most: h and dh then take 1 MiB together."""
 
 
-def tile_rows(spec: ModelSpec) -> int:
-    """Rows worked on at a time: a function of the model's shape alone, since it orders the sums."""
-    rows = max(32, TILE_NUMBERS // max(spec.n_neurons, spec.d_output))
-    return min(spec.batch_size, rows)
+def steps_at_once(spec: ModelSpec) -> int:
+    """Steps that a model trains before the next model does, and whose batches are drawn together."""
+    return max(1, min(STEPS_AT_ONCE, STREAM_NUMBERS // (spec.batch_size * spec.n_features)))
+
+
+def through_features(spec: ModelSpec) -> bool:
+    """Whether z is cheaper from G = W_in P and the features present than from x: by multiplications."""
+    N, m, B = spec.n_features, spec.d_embed, spec.batch_size
+    return N * spec.feature_prob + N * m / B < m
+
+
+def odd_lines(length: int) -> int:
+    """A row length of an odd number of cache lines, so that a column does not fall into a few sets of the cache."""
+    return padded(length) | REGISTER
 
 
 class Stream:
-    """One sequence of batches: features, embeddings and targets of the current step, for all models that share it."""
+    """The batches of a few steps, for all models that share them: each sample's present features.
+
+    Attributes:
+        starts: int32 [steps, B + 1], where each sample's features begin in `indices` (int32) and `values` (float32).
+    """
 
     def __init__(self, model: Model) -> None:
         spec = model.spec
-        self.task, self.P, self.P2 = spec.task, model.P, model.P2
-        self.sampler = FeatureSampler(spec)
-        self.f = torch.empty(spec.batch_size, spec.n_features)
-        self.x = torch.empty(spec.batch_size, spec.d_embed)
-        self.tau = self.f
+        N, B, steps = spec.n_features, spec.batch_size, steps_at_once(spec)
+        self.B, self.seed = B, spec.seed
+        self.other = int(Purpose.NEGATIVE_FEATURES) if spec.task == "abs" else -1
+        share = spec.feature_prob / 2 if spec.task == "abs" else spec.feature_prob
+        p = presence_probabilities(N, share, spec.frequency)
+        self.last, self.scale = (thresholds(p) - 1).astype(np.uint32), scales(p)
+        self.words = np.empty(4 * -(-N // 4), np.uint32)
+        self.row = torch.zeros(padded(N))
+        self.starts = torch.empty(steps, B + 1, dtype=torch.int32)
+        # Room for every feature: memory that is never written to is never taken.
+        self.indices = torch.empty(steps * B * N + REGISTER, dtype=torch.int32)
+        self.values = torch.empty(steps * B * N + REGISTER)
+        self.P_T = transposed(model.P)
+        self.P2_T = None if model.P2 is None else transposed(model.P2)
 
-    def sample(self, step: int) -> None:
-        """Draw the batch that `step` updates precede."""
-        self.sampler.batch(step, 0, len(self.f), self.f)
-        torch.mm(self.f, self.P.T, out=self.x)
-        self.tau = target(self.task, self.f, self.P2)
+    def sample(self, first_step: int, steps: int) -> None:
+        """Draw the batches that first_step, first_step + 1, ... updates precede."""
+        kernels.sample(
+            first_step, steps, self.B, self.seed, int(Purpose.FEATURES), self.other, self.last, self.scale,
+            self.row.numpy(), self.words, self.starts.data_ptr(), self.indices.data_ptr(), self.values.data_ptr(),
+        )  # fmt: skip
+
+
+def transposed(P: Tensor) -> Tensor:
+    """[N, m] in padded rows, for a projection [m, N]."""
+    rows = torch.zeros(P.shape[1], padded(P.shape[0]))
+    rows[:, : P.shape[0]] = P.T
+    return rows
 
 
 class Workspace:
-    """The buffers of one model-step, reused by every model of one shape."""
+    """What one model-step needs besides the model and its batch, reused by every model of one shape."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        rows, k, o = tile_rows(spec), spec.n_neurons, spec.d_output
-        self.z = torch.empty(rows, k)
-        self.dh = torch.empty(rows, k)
-        self.e = torch.empty(rows, o)
-        self.ones = torch.ones(rows)
-        self.db = torch.empty(k)
+        N, k, B = spec.n_features, spec.n_neurons, spec.batch_size
+        M, K, O = padded(spec.d_embed), padded(k), padded(spec.d_output)  # noqa: E741
+        steps = steps_at_once(spec)
         self.gradient = torch.zeros(flat_size(spec))
-        self.update = torch.zeros(flat_size(spec))
-        self.gradients = views(spec, self.gradient)
-        self.updates = views(spec, self.update)
+        self.rates, self.factors, self.losses = (torch.empty(steps) for _ in range(3))
+        self.corrections = torch.empty(steps, 2)
+        blocks = -(-K // kernels.BLOCK)
+        pairs = kernels.TILE * K + REGISTER
+        through = spec.activation == "relu" and through_features(spec)
+        if spec.activation == "relu":
+            sizes = {
+                "G_T": N * K if through else 0, "W_T": M * K, "Z": kernels.TILE * odd_lines(k),
+                "DZ": kernels.TILE * odd_lines(k), "X": kernels.TILE * M, "E": kernels.TILE * odd_lines(O), "H": pairs,
+            }  # fmt: skip
+        else:
+            sizes = {"X": B * M, "E": B * O}
+            rows = tile_rows(spec)
+            self.z, self.dh = torch.empty(rows, k), torch.empty(rows, k)
+            self.ones, self.db = torch.ones(rows), torch.empty(k)
+        self.buffers = {name: torch.zeros(size) for name, size in sizes.items()}
+        self.buffers |= {
+            "ACTIVE": torch.zeros(pairs, dtype=torch.int32),
+            "ENDS": torch.zeros(kernels.TILE * (blocks + 1), dtype=torch.int32),
+            "WORDS": torch.zeros(K, dtype=torch.int64), "COUNTING": torch.arange(M, dtype=torch.int32),
+        }  # fmt: skip
+        self.fields: dict[str, int] = {name: buffer.data_ptr() for name, buffer in self.buffers.items()}
+        self.fields |= dict.fromkeys({"G_T", "W_T", "Z", "DZ", "H"} - sizes.keys(), 0)
+        self.fields |= {
+            "task": TASKS.index(spec.task), "optimizer": OPTIMIZERS.index(spec.optimizer), "through_features": through,
+            "N": N, "M": M, "k": k, "K": K, "O": O, "B": B, "blocks": blocks, "LK": odd_lines(k), "LE": odd_lines(O),
+            "GRADIENT": self.gradient.data_ptr(), "at_b": k * M, "at_out": k * M + K, "size": flat_size(spec),
+        }  # fmt: skip
+
+    def problem(self, model: Model, stream: Stream) -> kernels.Problem:
+        """What the kernels take."""
+        return kernels.Problem(
+            **self.fields,
+            STARTS=stream.starts.data_ptr(),
+            INDICES=stream.indices.data_ptr(),
+            VALUES=stream.values.data_ptr(),
+            P_T=stream.P_T.data_ptr(),
+            P2_T=0 if stream.P2_T is None else stream.P2_T.data_ptr(),
+            PARAMETERS=model.parameters.data_ptr(),
+            FIRST=model.first_moment.data_ptr(),
+            SECOND=model.second_moment.data_ptr(),
+        )
 
 
-def gradient_pass(model: Model, stream: Stream, work: Workspace) -> Tensor:
-    """Fill `work.gradient` from the whole batch and return the logged loss, a scalar tensor."""
+def tile_rows(spec: ModelSpec) -> int:
+    """Rows that the dense path works on at a time: a function of the model's shape alone, since it orders the sums."""
+    return min(spec.batch_size, max(32, TILE_NUMBERS // max(spec.n_neurons, spec.d_output)))
+
+
+def dense_gradients(model: Model, work: Workspace) -> Tensor:
+    """Fill `work.gradient` from x and -tau, in units of 2/B, and return the logged loss, a scalar tensor."""
     spec = model.spec
-    W_in, b, W_outT = (model.tensors[name] for name in ("W_in", "b", "W_outT"))
-    dW_in, db, dW_outT = (work.gradients[name] for name in ("W_in", "b", "W_outT"))
-    unit, loss = 2 / spec.batch_size, torch.zeros(())
-    rows = len(work.z)
-    for start in range(0, spec.batch_size, rows):
-        x, tau = stream.x[start : start + rows], stream.tau[start : start + rows]
-        z, dh, e, ones = (buffer[: len(x)] for buffer in (work.z, work.dh, work.e, work.ones))
+    k, B, M, O = spec.n_neurons, spec.batch_size, padded(spec.d_embed), padded(spec.d_output)  # noqa: E741
+    at_b, at_out = k * M, k * M + padded(k)
+    W_in, W_outT = model.parameters[:at_b].view(k, M), model.parameters[at_out:].view(k, O)
+    dW_in, dW_outT = work.gradient[:at_b].view(k, M), work.gradient[at_out:].view(k, O)
+    b, db = model.tensors["b"], work.gradient[at_b : at_b + k]
+    whole_x, whole_e = work.buffers["X"].view(B, M), work.buffers["E"].view(B, O)
+    loss, rows = torch.zeros(()), tile_rows(spec)
+    for start in range(0, B, rows):
+        x, e = whole_x[start : start + rows], whole_e[start : start + rows]
+        z, dh, ones = (buffer[: len(x)] for buffer in (work.z, work.dh, work.ones))
         earlier = 0.0 if start == 0 else 1.0  # whether to add to the tiles before this one
-
         torch.addmm(b, x, W_in.T, out=z)
-        h = torch.relu_(z) if spec.activation == "relu" else ACTIVATION[spec.activation](z)
-        torch.addmm(tau, h, W_outT, beta=-1, out=e)  # y - tau
+        h = ACTIVATION[spec.activation](z)
+        torch.addmm(e, h, W_outT, out=e)
         loss += torch.dot(e.view(-1), e.view(-1))
-
-        torch.addmm(dW_outT, h.T, e, beta=earlier, alpha=unit, out=dW_outT)
+        torch.addmm(dW_outT, h.T, e, beta=earlier, out=dW_outT)
         torch.mm(e, W_outT.T, out=dh)
         if spec.l1:
             dh.add_(h.sign(), alpha=spec.l1 / 2)
-        if spec.activation == "relu":
-            dz = torch.ops.aten.threshold_backward.grad_input(dh, h, 0, grad_input=dh)
-        else:
-            dz = dh.mul_(DERIVATIVE[spec.activation](z))
-        torch.addmm(dW_in, dz.T, x, beta=earlier, alpha=unit, out=dW_in)
-        torch.addmv(db, dz.T, ones, beta=earlier, alpha=unit, out=db)
-    return loss / spec.batch_size
-
-
-def update(model: Model, work: Workspace, lr: float, step: int) -> None:
-    """One optimizer step and bias decay from `work.gradient`, in place; `step` updates were made before."""
-    spec, p, g, u = model.spec, model.parameters, work.gradient, work.update
-    m, v = model.first_moment, model.second_moment
-    if spec.optimizer == "sgd":
-        p.sub_(g, alpha=lr)
-    else:
-        m.mul_(BETA1).add_(g, alpha=1 - BETA1)
-        v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
-        torch.sqrt(v, out=u)
-    if spec.optimizer == "lamb":
-        torch.div(m, u.add_(LAMB_EPS), out=u)
-        for name, tensor in model.tensors.items():
-            direction = work.updates[name].view(-1)
-            norm_p = torch.linalg.vector_norm(tensor.view(-1)).item()
-            norm_u = torch.linalg.vector_norm(direction).item()
-            # A NaN norm must reach the parameters: min() would drop it.
-            clamped = LAMB_LARGEST_NORM if norm_p > LAMB_LARGEST_NORM else norm_p
-            ratio = clamped / norm_u if norm_p and norm_u else 1.0
-            tensor.view(-1).sub_(direction, alpha=finite_or_inf(lr * ratio))
-    elif spec.optimizer == "adamw":
-        first, second = adam_corrections(step)
-        p.mul_(1 - lr * ADAMW_WEIGHT_DECAY)
-        p.addcdiv_(m, u.div_(second).add_(ADAMW_EPS), value=finite_or_inf(-lr / first))
-    if (factor := bias_factor(spec, step)) != 1.0:
-        model.tensors["b"].mul_(factor)
+        dz = dh.mul_(DERIVATIVE[spec.activation](z))
+        torch.addmm(dW_in, dz.T, x, beta=earlier, out=dW_in)
+        torch.addmv(db, dz.T, ones, beta=earlier, out=db)
+    return loss / B
 
 
 class CpuEngine:
@@ -157,23 +195,21 @@ class CpuEngine:
         if block is not self._block:  # the buffers of the block before this one are of no more use
             self._block, self._streams, self._workspaces = block, {}, {}
         losses = torch.full((len(block.models), n_steps), torch.nan)
-        rates = [learning_rates(spec, block.step, n_steps) for spec in block.specs]
+        done = 0
         with single_thread(), torch.no_grad():
-            for t in range(n_steps):
-                sampled: set[object] = set()
-                for i in block.active():
-                    model = block.models[i]
-                    stream, work = self._buffers(model)
-                    if id(stream) not in sampled:
-                        sampled.add(id(stream))
-                        stream.sample(block.step)
-                    loss = gradient_pass(model, stream, work)
-                    update(model, work, rates[i][t], block.step)
-                    losses[i, t] = loss
-                    low, high = torch.aminmax(model.parameters)  # both are NaN when any entry is
-                    if not (math.isfinite(loss) and math.isfinite(low) and math.isfinite(high)):
-                        model.diverged_step = block.step + 1
-                block.step += 1
+            while done < n_steps:
+                active = block.active()
+                left = [block.specs[i].steps - block.step for i in active]
+                n = min(n_steps - done, steps_at_once(block.specs[0]), *left)
+                drawn: set[object] = set()
+                for i in active:
+                    stream, work = self._buffers(block.models[i])
+                    if id(stream) not in drawn:
+                        drawn.add(id(stream))
+                        stream.sample(block.step, n)
+                    losses[i, done : done + n] = train(block.models[i], stream, work, block.step, n)
+                block.step += n
+                done += n
         return losses
 
     def _buffers(self, model: Model) -> tuple[Stream, Workspace]:
@@ -190,5 +226,47 @@ class CpuEngine:
     @staticmethod
     def workspace_bytes(spec: ModelSpec, n_streams: int) -> int:
         """Memory beyond the models' own state, for a block of one shape whose models see `n_streams` streams."""
-        sampled = 4 * spec.batch_size * (2 * spec.n_features + spec.d_embed + spec.d_output)
-        return n_streams * sampled + 4 * (tile_rows(spec) * (3 * spec.n_neurons + spec.d_output) + 2 * flat_size(spec))
+        N, k, B = spec.n_features, spec.n_neurons, spec.batch_size
+        m, o, steps = padded(spec.d_embed), padded(spec.d_output), steps_at_once(spec)
+        present = min(1.0, 2 * spec.feature_prob + 32 / N)  # of a batch; far more than chance will give
+        stream = 4 * steps * B + int(8 * steps * B * N * present) + 4 * N * (m + o + 4)
+        relu = N * padded(k) + m * padded(k) + kernels.TILE * (2 * odd_lines(k) + 2 * padded(k) + m + odd_lines(o))
+        dense = B * (m + o) + 4 * tile_rows(spec) * k
+        return n_streams * stream + 4 * (flat_size(spec) + (relu if spec.activation == "relu" else dense))
+
+
+def train(model: Model, stream: Stream, work: Workspace, first: int, n: int) -> Tensor:
+    """Train one model for n steps from its step `first`, and return its losses, float32 [n]."""
+    spec = model.spec
+    work.rates[:n] = torch.tensor(learning_rates(spec, first, n))
+    work.factors[:n] = torch.tensor([bias_factor(spec, step) for step in range(first, first + n)])
+    if spec.optimizer == "adamw":
+        work.corrections[:n] = torch.tensor([adam_corrections(step) for step in range(first, first + n)])
+    work.losses.fill_(torch.nan)
+    problem = work.problem(model, stream)
+    rates, corrections, factors = (t.data_ptr() for t in (work.rates, work.corrections, work.factors))
+    unit, half_l1 = np.float32(2 / spec.batch_size), np.float32(spec.l1 / 2)
+    if spec.activation == "relu":
+        well = kernels.train(
+            problem, n, unit, half_l1, rates, corrections, factors, work.losses.data_ptr()
+        )  # fmt: skip
+    else:
+        well = dense_steps(model, work, problem, n, unit)
+    if well < n:
+        model.diverged_step = first + well + 1
+    return work.losses[:n]
+
+
+def dense_steps(model: Model, work: Workspace, problem: kernels.Problem, n: int, unit: Any) -> int:
+    """`kernels.train` for nonlinearities without zeros: the same arguments and result."""
+    x, e = work.buffers["X"].data_ptr(), work.buffers["E"].data_ptr()
+    for step in range(n):
+        kernels.embed(problem, step, x, e)
+        loss = work.losses[step] = dense_gradients(model, work)
+        lr, factor = work.rates[step].item(), work.factors[step].item()
+        finite = kernels.update(
+            problem, unit, np.float32(lr), work.corrections.data_ptr(), step, np.float32(factor)
+        )  # fmt: skip
+        if not (finite and math.isfinite(loss)):
+            return step
+    return n

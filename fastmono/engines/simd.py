@@ -1,0 +1,301 @@
+"""Vectors of float32 for Numba: what the CPU engine's inner loops are written in.
+
+A vector of 16, 32, 64 or 128 lanes is one LLVM value; the compiler splits it into the registers that the processor has.
+Memory is addressed by integers (a tensor's `data_ptr()`, and an offset in elements), because Numba counts references to
+its arrays wherever a function takes one, which costs more than some of the rows that are multiplied here.
+
+    load, store              a vector at base + offset          splat            a scalar in every lane
+    add, subtract, ...       lane by lane                       multiply_add     acc + a v for a scalar a, rounded once
+    dot, four_dots           sums of v w                        get_*, put_*     single numbers
+    compress_*               those of 16 numbers that count, one after another, with their indices
+    mark                     sets a bit in the word of each of 16 numbers that is active
+    trailing_zeros           index of a word's lowest set bit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic, models, register_model
+
+FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+REGISTER = 16
+"""Lanes of the widest register there is; rows are padded to whole ones."""
+WIDEST = 128 if "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2] else 32
+"""Lanes of a row worked on at a time: two sums of so many must fit the registers (32 of 16 lanes, or 16 of 8)."""
+
+
+class Vector(types.Type):
+    """Numba's type of a vector."""
+
+    def __init__(self, lanes: int) -> None:
+        self.lanes = lanes
+        super().__init__(name=f"float32x{lanes}")
+
+
+@register_model(Vector)
+class VectorModel(models.PrimitiveModel):
+    """A vector is one LLVM value."""
+
+    def __init__(self, manager: Any, vector: Vector) -> None:
+        super().__init__(manager, vector, _vector(vector.lanes))
+
+
+def _vector(lanes: int, element: Any = FLOAT) -> Any:
+    return ir.VectorType(element, lanes)
+
+
+def _constant(lanes: int, element: Any, values: Any) -> Any:
+    return ir.Constant(_vector(lanes, element), values)
+
+
+def _pointer(builder: Any, base: Any, offset: Any, element: Any, lanes: int = 0) -> Any:
+    pointer = builder.gep(builder.inttoptr(base, element.as_pointer()), [offset])
+    return builder.bitcast(pointer, _vector(lanes, element).as_pointer()) if lanes else pointer
+
+
+def _load(builder: Any, base: Any, offset: Any, lanes: int) -> Any:
+    value = builder.load(_pointer(builder, base, offset, FLOAT, lanes))
+    value.align = 4
+    return value
+
+
+def _store(builder: Any, value: Any, base: Any, offset: Any, element: Any, lanes: int) -> None:
+    builder.store(value, _pointer(builder, base, offset, element, lanes)).align = 4
+
+
+def _splat(builder: Any, x: Any, lanes: int) -> Any:
+    first = builder.insert_element(_constant(lanes, x.type, ir.Undefined), x, ir.Constant(INT32, 0))
+    return builder.shuffle_vector(first, first, _constant(lanes, INT32, [0] * lanes))
+
+
+def _lanes(builder: Any, v: Any, first: int, count: int) -> Any:
+    return builder.shuffle_vector(v, v, _constant(count, INT32, list(range(first, first + count))))
+
+
+def _function(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any, lanes: int) -> Any:
+    v = _vector(lanes)
+    return builder.call(_function(builder, f"llvm.fma.v{lanes}f32", v, v, v, v), [a, b, c])
+
+
+@intrinsic(prefer_literal=True)
+def load(context, base, offset, lanes):
+    """The vector of `lanes` (a literal) numbers at base + offset."""
+    n = lanes.literal_value
+
+    def generate(context, builder, signature, args):
+        return _load(builder, args[0], args[1], n)
+
+    return Vector(n)(types.int64, types.int64, lanes), generate
+
+
+@intrinsic
+def store(context, base, offset, v):
+    """Write a vector to base + offset."""
+
+    def generate(context, builder, signature, args):
+        _store(builder, args[2], args[0], args[1], FLOAT, v.lanes)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, v), generate
+
+
+@intrinsic(prefer_literal=True)
+def splat(context, x, lanes):
+    """A vector of `lanes` (a literal) times the float32 x."""
+    n = lanes.literal_value
+
+    def generate(context, builder, signature, args):
+        return _splat(builder, args[0], n)
+
+    return Vector(n)(types.float32, lanes), generate
+
+
+@intrinsic
+def multiply_add(context, a, v, acc):
+    """acc + a v for a scalar a."""
+
+    def generate(context, builder, signature, args):
+        return _fma(builder, _splat(builder, args[0], v.lanes), args[1], args[2], v.lanes)
+
+    return acc(types.float32, v, acc), generate
+
+
+def _binary(instruction: str) -> Callable[..., Any]:
+    @intrinsic
+    def operate(context, v, w):
+        def generate(context, builder, signature, args):
+            return getattr(builder, instruction)(*args)
+
+        return v(v, w), generate
+
+    return operate
+
+
+add, subtract, multiply, divide = map(_binary, ("fadd", "fsub", "fmul", "fdiv"))
+
+
+@intrinsic
+def square_root(context, v):
+    """The square root of each lane, correctly rounded."""
+
+    def generate(context, builder, signature, args):
+        kind = _vector(v.lanes)
+        return builder.call(_function(builder, f"llvm.sqrt.v{v.lanes}f32", kind, kind), args)
+
+    return v(v), generate
+
+
+def _products(builder: Any, v: Any, w: Any, lanes: int) -> Any:
+    """16 partial sums of v w."""
+    total = None
+    for first in range(0, lanes, REGISTER):
+        a, b = (_lanes(builder, x, first, REGISTER) for x in (v, w))
+        total = builder.fmul(a, b) if total is None else _fma(builder, a, b, total, REGISTER)
+    return total
+
+
+def _fold(builder: Any, total: Any, width: int) -> Any:
+    """16 lanes added to `width` of them, halves upon halves."""
+    count = REGISTER
+    while count > width:
+        count //= 2
+        total = builder.fadd(_lanes(builder, total, 0, count), _lanes(builder, total, count, count))
+    return total
+
+
+@intrinsic
+def dot(context, v, w):
+    """The sum of v w, in an order that depends on the number of lanes alone."""
+
+    def generate(context, builder, signature, args):
+        total = _fold(builder, _products(builder, *args, v.lanes), 1)
+        return builder.extract_element(total, ir.Constant(INT32, 0))
+
+    return types.float32(v, w), generate
+
+
+@intrinsic
+def four_dots(context, v, w0, w1, w2, w3):
+    """The sums of v w0, v w1, v w2 and v w3, a vector of 4: their additions share instructions."""
+
+    def generate(context, builder, signature, args):
+        def pairs(a: Any, b: Any, order: list[int]) -> Any:
+            # `order` picks four of a's lanes 0 to 3 and b's 4 to 7 in each quarter of a register.
+            picked = [4 * q + i % 4 + (REGISTER if i > 3 else 0) for q in range(REGISTER // 4) for i in order]
+            return builder.shuffle_vector(a, b, _constant(REGISTER, INT32, picked))
+
+        sums = [_products(builder, args[0], w, v.lanes) for w in args[1:]]
+        ab, cd = (
+            builder.fadd(pairs(a, b, [0, 4, 1, 5]), pairs(a, b, [2, 6, 3, 7])) for a, b in (sums[:2], sums[2:])
+        )  # a b a b in each quarter
+        return _fold(builder, builder.fadd(pairs(ab, cd, [0, 1, 4, 5]), pairs(ab, cd, [2, 3, 6, 7])), 4)
+
+    return Vector(4)(v, w0, w1, w2, w3), generate
+
+
+@intrinsic(prefer_literal=True)
+def lane(context, v, i):
+    """Lane i (a literal) of a vector."""
+
+    def generate(context, builder, signature, args):
+        return builder.extract_element(args[0], ir.Constant(INT32, i.literal_value))
+
+    return types.float32(v, i), generate
+
+
+def _compress(comparison: str) -> Callable[..., Any]:
+    @intrinsic
+    def compress(context, source, offset, number, indices, values, at):
+        n = REGISTER
+
+        def generate(context, builder, signature, args):
+            source, offset, number, indices, values, at = args
+            v = _load(builder, source, offset, n)
+            mask = builder.fcmp_unordered(comparison, v, _constant(n, FLOAT, [0.0] * n))
+            numbers = builder.add(_splat(builder, builder.trunc(number, INT32), n), _constant(n, INT32, list(range(n))))
+            for data, to, element, name in ((numbers, indices, INT32, "i32"), (v, values, FLOAT, "f32")):
+                kind, flags = _vector(n, element), _vector(n, ir.IntType(1))
+                function = _function(builder, f"llvm.experimental.vector.compress.v{n}{name}", kind, kind, flags, kind)
+                packed = builder.call(function, [data, mask, _constant(n, element, ir.Undefined)])
+                _store(builder, packed, to, at, element, n)
+            return builder.add(at, builder.zext(builder.ctpop(builder.bitcast(mask, ir.IntType(n))), INT64))
+
+        return types.int64(*[types.int64] * 6), generate
+
+    return compress
+
+
+compress_active = _compress(">")
+"""compress_active(source, offset, number, indices, values, at): of the 16 numbers at source + offset, those above 0 or
+NaN go to `values` at `at`, and their numbers, from `number` on, to `indices`. Writes 16 of both; returns the next `at`.
+"""
+compress_nonzero = _compress("!=")
+"""The same for numbers that are not 0."""
+
+
+@intrinsic
+def mark(context, source, offset, words, number, bit):
+    """Set `bit` in the words number, number + 1, ... of those of the 16 numbers at source + offset that are active."""
+
+    def generate(context, builder, signature, args):
+        source, offset, words, number, bit = args
+        mask = builder.fcmp_unordered(
+            ">", _load(builder, source, offset, REGISTER), _constant(REGISTER, FLOAT, [0.0] * REGISTER)
+        )
+        pointer = _pointer(builder, words, number, INT64, REGISTER)
+        before = builder.load(pointer)
+        before.align = 8
+        after = builder.or_(before, _splat(builder, bit, REGISTER))
+        builder.store(builder.select(mask, after, before), pointer).align = 8
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64, types.uint64), generate
+
+
+def _scalars(element: Any, kind: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    integer = isinstance(element, ir.IntType)
+    widens = element == INT32
+
+    @intrinsic
+    def get(context, base, offset):
+        def generate(context, builder, signature, args):
+            value = builder.load(_pointer(builder, args[0], args[1], element))
+            return builder.sext(value, INT64) if widens else value
+
+        return kind(types.int64, types.int64), generate
+
+    @intrinsic
+    def put(context, base, offset, value):
+        def generate(context, builder, signature, args):
+            value = builder.trunc(args[2], element) if integer and widens else args[2]
+            builder.store(value, _pointer(builder, args[0], args[1], element))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, kind), generate
+
+    return get, put
+
+
+get_float, put_float = _scalars(FLOAT, types.float32)
+get_int, put_int = _scalars(INT32, types.int64)
+get_word, put_word = _scalars(INT64, types.uint64)
+
+
+@intrinsic
+def trailing_zeros(context, word):
+    """Index of the lowest set bit of a word that is not 0."""
+
+    def generate(context, builder, signature, args):
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), generate
