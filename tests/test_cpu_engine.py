@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fastmono.block import Block, Model, views
 from fastmono.engines import cpu as cpu_engine
-from fastmono.engines import cpu_kernels, simd
+from fastmono.engines import cpu_kernels, cpu_rows, cpu_sampler, simd
 from fastmono.engines.cpu import CpuEngine
 from fastmono.engines.reference import ReferenceEngine
 from fastmono.optim import learning_rates
@@ -215,9 +216,10 @@ def test_compiled_sampler_gives_the_bits_of_the_feature_sampler(
         assert same_bits(f, FeatureSampler(spec).batch(step + i, 0, B))
 
 
-def test_what_numba_keeps_is_dropped_when_the_vectors_change() -> None:
-    digest = hashlib.sha256(Path(simd.__file__).read_bytes()).hexdigest()
-    assert digest.startswith(cpu_kernels.SIMD), f"set SIMD in cpu_kernels.py to {digest[:16]}"
+@pytest.mark.parametrize(("module", "sources"), [(cpu_kernels, [simd, cpu_rows]), (cpu_sampler, [simd])])
+def test_what_numba_keeps_is_dropped_when_what_it_was_made_of_changes(module: Any, sources: list[Any]) -> None:
+    digest = hashlib.sha256(b"".join(Path(source.__file__).read_bytes() for source in sources)).hexdigest()[:16]
+    assert digest == module.SOURCES, f"set SOURCES in {module.__file__} to {digest}"
 
 
 @pytest.mark.slow

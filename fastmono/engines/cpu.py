@@ -1,8 +1,9 @@
 """The CPU engine: float32 on one core, a few times faster than its dense arithmetic at the machine's product rate.
 
-- The batches of several steps are drawn once for all models that share them, as lists of the features present.
+- The batches of several steps are drawn once for all models that share them, as lists of the
+  features present (cpu_sampler.py).
 - Then one model after another trains through those steps in one compiled call, with its state in cache
-  (cpu_kernels.py). ReLU's zeros are skipped: they add nothing.
+  (cpu_kernels.py, cpu_rows.py). ReLU's zeros are skipped: they add nothing.
 - gelu and solu have no zeros. Their products are PyTorch's, in row tiles that stay in cache.
 
 The arithmetic of a model, and the address alignment of everything it touches, follow from its own spec alone.
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fastmono.block import Block, Model, flat_size, padded, shape_class, single_thread
 from fastmono.engines import cpu_kernels as kernels
+from fastmono.engines.cpu_sampler import sample
 from fastmono.engines.simd import REGISTER
 from fastmono.frequencies import presence_probabilities, scales, thresholds
 from fastmono.optim import adam_corrections, bias_factor, learning_rates
@@ -75,7 +77,7 @@ class Stream:
 
     def sample(self, first_step: int, steps: int) -> None:
         """Draw the batches that first_step, first_step + 1, ... updates precede."""
-        kernels.sample(
+        sample(
             first_step, steps, self.B, self.seed, int(Purpose.FEATURES), self.other, self.last, self.scale,
             self.row.numpy(), self.words, self.starts.data_ptr(), self.indices.data_ptr(), self.values.data_ptr(),
         )  # fmt: skip

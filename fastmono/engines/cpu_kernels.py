@@ -1,4 +1,4 @@
-"""One core's work, compiled by Numba: sampling, and whole training steps of one ReLU model.
+"""Whole training steps of one ReLU model on one core, compiled by Numba.
 
 A step skips what is zero, exactly. Of the features only those present are touched, and of the neurons only those that a
 sample activates: a pair of (sample, neuron) with z <= 0 has h = dz = 0 and adds nothing to y, dW_out, db or dW_in.
@@ -11,30 +11,28 @@ sample activates: a pair of (sample, neuron) with z <= 0 has h = dz = 0 and adds
 Where features are too many for that to pay, z is b + sum of x_c W_in^T[c]. Samples pass in tiles of 64, so that the
 samples that activate a neuron are the bits of one word.
 
-All arguments named in capitals or `at_...` are addresses (see simd.py). Rows are padded to 16 numbers with zeros:
-N features, M, K, O the padded embedding dimension, neurons and outputs, B samples.
+Fields and arguments in capitals are addresses, as simd.py explains. Rows are padded with zeros to a multiple of 16:
+M, K and O are the padded embedding dimension, neurons and outputs. N features, B samples.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from fastmono.engines.cpu_rows import ZERO, add_marked_rows, add_rows, add_whole_rows, dot_rows, fill, piece
 from fastmono.engines.simd import (
     REGISTER,
-    WIDEST,
     add,
     compress_active,
-    compress_nonzero,
     divide,
     dot,
-    four_dots,
+    entry,
     get_float,
     get_int,
     get_word,
-    lane,
+    inner,
     load,
     mark,
     multiply,
@@ -46,35 +44,21 @@ from fastmono.engines.simd import (
     square_root,
     store,
     subtract,
-    trailing_zeros,
 )
 from fastmono.optim import ADAMW_EPS, ADAMW_WEIGHT_DECAY, BETA1, BETA2, LAMB_EPS, LAMB_LARGEST_NORM
-from fastmono.philox import LARGEST_VALUE, M0, M1, MASK, W0, W1
 
-SIMD = "06b239b0277cc7a1"
-"""The first digits of simd.py's SHA-256: Numba keeps what it compiled until this file changes, and so must that one."""
+SOURCES = "1de81e3d233f53c6"
+"""The first digits of the SHA-256 of simd.py and cpu_rows.py. Numba keeps what it compiled until this file changes, and
+cannot see that those have: with them, this line must."""
 TILE = 64
 """Samples worked on at a time: the bits of a word."""
 BLOCK = 64
 """Neurons worked on at a time: so many rows of 128 numbers take 32 KiB, and stay in the first cache for a tile."""
-ZERO, ONE, HALF = np.float32(0.0), np.float32(1.0), np.float32(0.5)
+ONE = np.float32(1.0)
 FIRST_KEPT, FIRST_NEW = np.float32(BETA1), np.float32(1 - BETA1)
 SECOND_KEPT, SECOND_NEW = np.float32(BETA2), np.float32(1 - BETA2)
 SMALL_LAMB, SMALL_ADAMW = np.float32(LAMB_EPS), np.float32(ADAMW_EPS)
 LARGEST_NORM, DECAY = np.float32(LAMB_LARGEST_NORM), np.float32(ADAMW_WEIGHT_DECAY)
-LARGEST = np.float32(LARGEST_VALUE)
-
-
-inner = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
-"""For functions that others here call: compiled with them, and of no use by themselves."""
-
-
-def entry(function: Any) -> Any:
-    """For functions that the engine calls: compiled once for a machine and kept, where a file can be."""
-    try:
-        return njit(cache=True)(function)
-    except RuntimeError:  # no folder to write to, not even the user's own
-        return njit(function)
 
 
 class Problem(NamedTuple):
@@ -138,145 +122,6 @@ class Problem(NamedTuple):
     """uint64 [K]: for each neuron, the samples that activate it."""
     COUNTING: int
     """int32: 0, 1, 2, ... up to M."""
-
-
-def _row_kernels(lanes: int) -> tuple[Any, Any, Any]:
-    """The three inner loops, for pieces of rows of so many lanes."""
-
-    @inner
-    def add_rows(factors, numbers, first, last, rows, length, column, out, at):
-        """out[at:] += sum over i of factors[i] rows[numbers[i], column:], for i from first to last."""
-        even, odd = load(out, at, lanes), splat(ZERO, lanes)  # two sums: one would wait for itself
-        i = first
-        while i + 2 <= last:
-            row, next_row = get_int(numbers, i) * length + column, get_int(numbers, i + 1) * length + column
-            even = multiply_add(get_float(factors, i), load(rows, row, lanes), even)
-            odd = multiply_add(get_float(factors, i + 1), load(rows, next_row, lanes), odd)
-            i += 2
-        if i < last:
-            row = get_int(numbers, i) * length + column
-            even = multiply_add(get_float(factors, i), load(rows, row, lanes), even)
-        store(out, at, add(even, odd))
-
-    @inner
-    def add_marked_rows(word, factors, number, stride, rows, length, column, out, at):
-        """out[at:] += sum over set bits r of factors[number + r stride] rows[r, column:]; returns the factors' sum."""
-        even, odd = load(out, at, lanes), splat(ZERO, lanes)
-        total, other = ZERO, ZERO
-        while word != 0:
-            r = trailing_zeros(word)
-            word &= word - np.uint64(1)
-            factor = get_float(factors, number + r * stride)
-            total += factor
-            even = multiply_add(factor, load(rows, r * length + column, lanes), even)
-            if word == 0:
-                break
-            r = trailing_zeros(word)
-            word &= word - np.uint64(1)
-            factor = get_float(factors, number + r * stride)
-            other += factor
-            odd = multiply_add(factor, load(rows, r * length + column, lanes), odd)
-        store(out, at, add(even, odd))
-        return total + other
-
-    @inner
-    def dot_rows(e, at, numbers, first, last, rows, length, column, out, base, start):
-        """out[base + j] = start + e[at:] . rows[j, column:], j in numbers[first:last]; added to it but at column 0."""
-        v = load(e, at, lanes)
-        i = first
-        while i + 4 <= last:
-            j0, j1, j2, j3 = (
-                get_int(numbers, i),
-                get_int(numbers, i + 1),
-                get_int(numbers, i + 2),
-                get_int(numbers, i + 3),
-            )
-            sums = four_dots(
-                v, load(rows, j0 * length + column, lanes), load(rows, j1 * length + column, lanes),
-                load(rows, j2 * length + column, lanes), load(rows, j3 * length + column, lanes),
-            )  # fmt: skip
-            put_float(out, base + j0, lane(sums, 0) + (start if column == 0 else get_float(out, base + j0)))
-            put_float(out, base + j1, lane(sums, 1) + (start if column == 0 else get_float(out, base + j1)))
-            put_float(out, base + j2, lane(sums, 2) + (start if column == 0 else get_float(out, base + j2)))
-            put_float(out, base + j3, lane(sums, 3) + (start if column == 0 else get_float(out, base + j3)))
-            i += 4
-        while i < last:
-            j = get_int(numbers, i)
-            total = dot(v, load(rows, j * length + column, lanes))
-            put_float(out, base + j, total + (start if column == 0 else get_float(out, base + j)))
-            i += 1
-
-    return add_rows, add_marked_rows, dot_rows
-
-
-add_rows_128, add_marked_rows_128, dot_rows_128 = _row_kernels(128)
-add_rows_64, add_marked_rows_64, dot_rows_64 = _row_kernels(64)
-add_rows_32, add_marked_rows_32, dot_rows_32 = _row_kernels(32)
-add_rows_16, add_marked_rows_16, dot_rows_16 = _row_kernels(16)
-
-
-@inner
-def piece(left):
-    """Lanes of the next piece of a row that has so many numbers left."""
-    lanes = WIDEST
-    while lanes > left:
-        lanes //= 2
-    return lanes
-
-
-@inner
-def add_rows(lanes, factors, numbers, first, last, rows, length, column, out, at):
-    """`add_rows` of so many lanes."""
-    if lanes == 128:
-        add_rows_128(factors, numbers, first, last, rows, length, column, out, at)
-    elif lanes == 64:
-        add_rows_64(factors, numbers, first, last, rows, length, column, out, at)
-    elif lanes == 32:
-        add_rows_32(factors, numbers, first, last, rows, length, column, out, at)
-    else:
-        add_rows_16(factors, numbers, first, last, rows, length, column, out, at)
-
-
-@inner
-def add_marked_rows(lanes, word, factors, number, stride, rows, length, column, out, at):
-    """`add_marked_rows` of so many lanes."""
-    if lanes == 128:
-        return add_marked_rows_128(word, factors, number, stride, rows, length, column, out, at)
-    elif lanes == 64:
-        return add_marked_rows_64(word, factors, number, stride, rows, length, column, out, at)
-    elif lanes == 32:
-        return add_marked_rows_32(word, factors, number, stride, rows, length, column, out, at)
-    return add_marked_rows_16(word, factors, number, stride, rows, length, column, out, at)
-
-
-@inner
-def dot_rows(lanes, e, at, numbers, first, last, rows, length, column, out, base, start):
-    """`dot_rows` of so many lanes."""
-    if lanes == 128:
-        dot_rows_128(e, at, numbers, first, last, rows, length, column, out, base, start)
-    elif lanes == 64:
-        dot_rows_64(e, at, numbers, first, last, rows, length, column, out, base, start)
-    elif lanes == 32:
-        dot_rows_32(e, at, numbers, first, last, rows, length, column, out, base, start)
-    else:
-        dot_rows_16(e, at, numbers, first, last, rows, length, column, out, base, start)
-
-
-@inner
-def fill(out, at, count):
-    """Zeros, `count` (a multiple of 16) of them."""
-    for i in range(at, at + count, REGISTER):
-        store(out, i, splat(ZERO, REGISTER))
-
-
-@inner
-def add_whole_rows(factors, numbers, first, last, rows, length, out, at):
-    """out[at:] += sum over i of factors[i] rows[numbers[i]], rows of `length` numbers."""
-    column = 0
-    while column < length:
-        lanes = piece(length - column)
-        add_rows(lanes, factors, numbers, first, last, rows, length, column, out, at + column)
-        column += lanes
 
 
 @inner
@@ -482,49 +327,3 @@ def embed(p, step, x, e):
     starts = p.STARTS + 4 * step * (p.B + 1)
     for r in range(p.B):
         embed_sample(p, starts, r, x + 4 * r * p.M, e + 4 * r * p.O)
-
-
-@inner
-def draw(words, sample, step, seed, purpose):
-    """The words of one sample's features, uint32 [4 groups] (fastmono/philox.py)."""
-    mask = np.uint64(MASK)
-    for g in range(len(words) // 4):
-        c0, c1 = np.uint64(g), np.uint64(sample)
-        c2, c3 = np.uint64(step) & mask, np.uint64(step) >> np.uint64(32)
-        k0, k1 = np.uint64(seed), np.uint64(purpose)
-        for _ in range(10):
-            p0, p1 = c0 * np.uint64(M0), c2 * np.uint64(M1)
-            c0, c2 = (p1 >> np.uint64(32)) ^ c1 ^ k0, (p0 >> np.uint64(32)) ^ c3 ^ k1
-            c1, c3 = p1 & mask, p0 & mask
-            k0, k1 = (k0 + np.uint64(W0)) & mask, (k1 + np.uint64(W1)) & mask
-        words[4 * g] = c0
-        words[4 * g + 1] = c1
-        words[4 * g + 2] = c2
-        words[4 * g + 3] = c3
-
-
-@entry
-def sample(first_step, steps, B, seed, purpose, other, last, scale, row, words, starts, indices, values):
-    """The present features of the batches of `steps` steps, bitwise those of `fastmono.philox.FeatureSampler`.
-
-    purpose, other: of the features, and of those that are subtracted (-1: none). last: T - 1, uint32 [N]; scale:
-    float32 [N]; row: float32 [N up to a multiple of 16], zeros at its end; words: uint32 [N up to a multiple of 4].
-    starts, indices, values: addresses, as in `Problem`.
-    """
-    end = 0
-    for step in range(steps):
-        for r in range(B):
-            put_int(starts, step * (B + 1) + r, end)
-            draw(words, r, first_step + step, seed, purpose)
-            for j in range(len(last)):
-                value = min((np.float32(words[j]) + HALF) * scale[j], LARGEST)
-                row[j] = value if words[j] <= last[j] else ZERO
-            if other >= 0:
-                draw(words, r, first_step + step, seed, other)
-                for j in range(len(last)):
-                    value = min((np.float32(words[j]) + HALF) * scale[j], LARGEST)
-                    row[j] -= value if words[j] <= last[j] else ZERO
-            for c in range(0, len(row), REGISTER):
-                end = compress_nonzero(row.ctypes.data, c, c, indices, values, end)
-        put_int(starts, step * (B + 1) + B, end)
-    return end

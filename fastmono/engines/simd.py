@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
@@ -28,6 +28,18 @@ REGISTER = 16
 """Lanes of the widest register there is; rows are padded to whole ones."""
 WIDEST = 128 if "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2] else 32
 """Lanes of a row worked on at a time: two sums of so many must fit the registers (32 of 16 lanes, or 16 of 8)."""
+
+
+inner = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""For functions that others here call: compiled with them, and of no use by themselves."""
+
+
+def entry(function: Any) -> Any:
+    """For functions that the engine calls: compiled once for a machine and kept, where a file can be."""
+    try:
+        return njit(cache=True)(function)
+    except RuntimeError:  # no folder to write to, not even the user's own
+        return njit(function)
 
 
 class Vector(types.Type):

@@ -1,0 +1,170 @@
+"""The inner loops of the CPU engine: sums of rows, over lists of numbers or the bits of a word, and products with rows.
+
+A row is worked on in pieces of 128, 64, 32 or 16 numbers, whose sums stay in registers. The pieces a row falls into, and
+so the order of every sum, follow from its length alone. Addresses and lengths are as in cpu_kernels.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastmono.engines.simd import (
+    REGISTER,
+    WIDEST,
+    add,
+    dot,
+    four_dots,
+    get_float,
+    get_int,
+    inner,
+    lane,
+    load,
+    multiply_add,
+    put_float,
+    splat,
+    store,
+    trailing_zeros,
+)
+
+ZERO = np.float32(0.0)
+
+
+def _row_kernels(lanes: int) -> tuple[Any, Any, Any]:
+    """The three inner loops, for pieces of rows of so many lanes."""
+
+    @inner
+    def add_rows(factors, numbers, first, last, rows, length, column, out, at):
+        """out[at:] += sum over i of factors[i] rows[numbers[i], column:], for i from first to last."""
+        even, odd = load(out, at, lanes), splat(ZERO, lanes)  # two sums: one would wait for itself
+        i = first
+        while i + 2 <= last:
+            row, next_row = get_int(numbers, i) * length + column, get_int(numbers, i + 1) * length + column
+            even = multiply_add(get_float(factors, i), load(rows, row, lanes), even)
+            odd = multiply_add(get_float(factors, i + 1), load(rows, next_row, lanes), odd)
+            i += 2
+        if i < last:
+            row = get_int(numbers, i) * length + column
+            even = multiply_add(get_float(factors, i), load(rows, row, lanes), even)
+        store(out, at, add(even, odd))
+
+    @inner
+    def add_marked_rows(word, factors, number, stride, rows, length, column, out, at):
+        """out[at:] += sum over set bits r of factors[number + r stride] rows[r, column:]; returns the factors' sum."""
+        even, odd = load(out, at, lanes), splat(ZERO, lanes)
+        total, other = ZERO, ZERO
+        while word != 0:
+            r = trailing_zeros(word)
+            word &= word - np.uint64(1)
+            factor = get_float(factors, number + r * stride)
+            total += factor
+            even = multiply_add(factor, load(rows, r * length + column, lanes), even)
+            if word == 0:
+                break
+            r = trailing_zeros(word)
+            word &= word - np.uint64(1)
+            factor = get_float(factors, number + r * stride)
+            other += factor
+            odd = multiply_add(factor, load(rows, r * length + column, lanes), odd)
+        store(out, at, add(even, odd))
+        return total + other
+
+    @inner
+    def dot_rows(e, at, numbers, first, last, rows, length, column, out, base, start):
+        """out[base + j] = start + e[at:] . rows[j, column:], j in numbers[first:last]; added to it but at column 0."""
+        v = load(e, at, lanes)
+        i = first
+        while i + 4 <= last:
+            j0, j1, j2, j3 = (
+                get_int(numbers, i),
+                get_int(numbers, i + 1),
+                get_int(numbers, i + 2),
+                get_int(numbers, i + 3),
+            )
+            sums = four_dots(
+                v, load(rows, j0 * length + column, lanes), load(rows, j1 * length + column, lanes),
+                load(rows, j2 * length + column, lanes), load(rows, j3 * length + column, lanes),
+            )  # fmt: skip
+            put_float(out, base + j0, lane(sums, 0) + (start if column == 0 else get_float(out, base + j0)))
+            put_float(out, base + j1, lane(sums, 1) + (start if column == 0 else get_float(out, base + j1)))
+            put_float(out, base + j2, lane(sums, 2) + (start if column == 0 else get_float(out, base + j2)))
+            put_float(out, base + j3, lane(sums, 3) + (start if column == 0 else get_float(out, base + j3)))
+            i += 4
+        while i < last:
+            j = get_int(numbers, i)
+            total = dot(v, load(rows, j * length + column, lanes))
+            put_float(out, base + j, total + (start if column == 0 else get_float(out, base + j)))
+            i += 1
+
+    return add_rows, add_marked_rows, dot_rows
+
+
+add_rows_128, add_marked_rows_128, dot_rows_128 = _row_kernels(128)
+add_rows_64, add_marked_rows_64, dot_rows_64 = _row_kernels(64)
+add_rows_32, add_marked_rows_32, dot_rows_32 = _row_kernels(32)
+add_rows_16, add_marked_rows_16, dot_rows_16 = _row_kernels(16)
+
+
+@inner
+def piece(left):
+    """Lanes of the next piece of a row that has so many numbers left."""
+    lanes = WIDEST
+    while lanes > left:
+        lanes //= 2
+    return lanes
+
+
+@inner
+def add_rows(lanes, factors, numbers, first, last, rows, length, column, out, at):
+    """`add_rows` of so many lanes."""
+    if lanes == 128:
+        add_rows_128(factors, numbers, first, last, rows, length, column, out, at)
+    elif lanes == 64:
+        add_rows_64(factors, numbers, first, last, rows, length, column, out, at)
+    elif lanes == 32:
+        add_rows_32(factors, numbers, first, last, rows, length, column, out, at)
+    else:
+        add_rows_16(factors, numbers, first, last, rows, length, column, out, at)
+
+
+@inner
+def add_marked_rows(lanes, word, factors, number, stride, rows, length, column, out, at):
+    """`add_marked_rows` of so many lanes."""
+    if lanes == 128:
+        return add_marked_rows_128(word, factors, number, stride, rows, length, column, out, at)
+    elif lanes == 64:
+        return add_marked_rows_64(word, factors, number, stride, rows, length, column, out, at)
+    elif lanes == 32:
+        return add_marked_rows_32(word, factors, number, stride, rows, length, column, out, at)
+    return add_marked_rows_16(word, factors, number, stride, rows, length, column, out, at)
+
+
+@inner
+def dot_rows(lanes, e, at, numbers, first, last, rows, length, column, out, base, start):
+    """`dot_rows` of so many lanes."""
+    if lanes == 128:
+        dot_rows_128(e, at, numbers, first, last, rows, length, column, out, base, start)
+    elif lanes == 64:
+        dot_rows_64(e, at, numbers, first, last, rows, length, column, out, base, start)
+    elif lanes == 32:
+        dot_rows_32(e, at, numbers, first, last, rows, length, column, out, base, start)
+    else:
+        dot_rows_16(e, at, numbers, first, last, rows, length, column, out, base, start)
+
+
+@inner
+def fill(out, at, count):
+    """Zeros, `count` (a multiple of 16) of them."""
+    for i in range(at, at + count, REGISTER):
+        store(out, i, splat(ZERO, REGISTER))
+
+
+@inner
+def add_whole_rows(factors, numbers, first, last, rows, length, out, at):
+    """out[at:] += sum over i of factors[i] rows[numbers[i]], rows of `length` numbers."""
+    column = 0
+    while column < length:
+        lanes = piece(length - column)
+        add_rows(lanes, factors, numbers, first, last, rows, length, column, out, at + column)
+        column += lanes
