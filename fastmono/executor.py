@@ -7,6 +7,7 @@ output. The input stays open: "stop" on it asks for a saved state, and its end m
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import queue
@@ -16,18 +17,16 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from fastmono.block import EngineError, single_thread
-from fastmono.files import BadFile
+from fastmono.block import single_thread
 from fastmono.spec import ModelSpec
 from fastmono.store import RunDirectory, Saved
-from fastmono.trainer import BlockJob, Event, Options, train_blocks
+from fastmono.trainer import BlockJob, Event, Options, describe_failure, train_blocks
 
 STOP_SECONDS = 30.0
 """How long workers may take to save their state when told to stop."""
@@ -89,6 +88,20 @@ def decode_job(line: str) -> tuple[RunDirectory, list[BlockJob], Options]:
     return RunDirectory(job["out"]), blocks, Options(**job["options"])
 
 
+class _ListenerError(BaseException):
+    """An exception of the listener on its way through the trainer, where it must not pass for a block's failure."""
+
+    def __init__(self, cause: BaseException) -> None:
+        self.cause = cause
+
+
+def _report(listener: Callable[[int, Event], None], event: Event) -> None:
+    try:
+        listener(0, event)
+    except BaseException as error:
+        raise _ListenerError(error) from error
+
+
 def execute(
     directory: RunDirectory,
     shards: Sequence[Sequence[BlockJob]],
@@ -98,39 +111,23 @@ def execute(
     lock_descriptor: int,
 ) -> None:
     """Train every shard. `listener(worker, event)` hears of everything, in this thread; kinds besides the trainer's:
-    finished (whole: whether all of its blocks reached their end), failed (text: what happened), idle.
+    finished (whole: whether all of its blocks reached their end), failed (text: what ended the worker), idle.
 
     Returns when every shard has finished, failed or stopped. An exception of the listener stops the workers, after
     they have saved their state, and is raised.
     """
     if len(shards) == 1:
-        raised: list[BaseException] = []
-
-        def report(event: Event) -> None:
-            try:
-                listener(0, event)
-            except BaseException as error:
-                raised.append(error)
-                raise
-
         try:
             with single_thread():
-                whole = train_blocks(directory, shards[0], options, report, stop)
+                whole = train_blocks(directory, shards[0], options, functools.partial(_report, listener), stop)
+        except _ListenerError as error:
+            raise error.cause from None
         except Exception as error:
-            if raised:
-                raise
             listener(0, {"kind": "failed", "text": describe_failure(error)})
         else:
             listener(0, {"kind": "finished", "whole": whole})
     elif shards:
         _Workers(directory, shards, options, lock_descriptor).run(listener, stop)
-
-
-def describe_failure(error: BaseException) -> str:
-    """One line for what the system refused (disk, memory, a damaged file, a GPU), else the traceback."""
-    if isinstance(error, OSError | MemoryError | BadFile | EngineError):
-        return f"{type(error).__name__}: {error}".strip(": ")
-    return "".join(traceback.format_exception(error)).strip()
 
 
 class _Workers:

@@ -78,7 +78,12 @@ class Progress:
     def log(self, text: str, show: bool = False) -> None:
         """Append to the log file, and show it above the line if asked."""
         print(time.strftime("%Y-%m-%d %H:%M:%S"), text.replace("\n", "\n    "), file=self.log_file, flush=True)
-        if show and self.console is not None:
+        if show:
+            self.show(text)
+
+    def show(self, text: str) -> None:
+        """Show a text above the line."""
+        if self.console is not None:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def update(self, event: Event) -> None:

@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ def train(
         workers: processes, or "auto": one for each core, or this process alone for a run of seconds.
         resume: False discards what the directory holds of an earlier run.
         on_checkpoint: called as `on_checkpoint(run, step)`, in this process, when every model that has a checkpoint
-            at that step has reached it; only for checkpoints that are kept.
+            at that step has reached it, or has diverged or failed before; only for checkpoints that are kept, and
+            not again for those that an earlier call of `train` came to.
         checkpoints: which of the log-spaced checkpoints stay on disk: all | last | none.
         save_every: seconds between full states.
         quiet: show nothing; the log file is written all the same.
@@ -89,7 +90,8 @@ def train(
             or precision; a file of it is damaged; the run does not fit memory or disk.
         BlockingIOError: another process is using the directory.
 
-    A worker that fails is warned of, and its models have the status "failed"; the others are finished.
+    Models that fail, and those of a worker that dies, are warned of and have the status "failed"; the others are
+    finished.
     """
     grid = as_grid(grid)
     arguments = (out, engine, precision, workers, resume, checkpoints, save_every)
@@ -208,7 +210,7 @@ class _Session:
         self.failures: list[str] = []
         self.telemetry = Telemetry(directory, plan.hashes)
         self.last_table, self.table_cost = time.monotonic(), 0.0
-        self.awaited = self._awaited_checkpoints()
+        self.awaited, self.reached = self._awaited_checkpoints(), set[int]()
         directory.write_grid(
             plan.grid, plan.options.engine, plan.options.precision, about_this_process(plan.options.engine)
         )
@@ -282,16 +284,19 @@ class _Session:
             self.telemetry.add(event["models"], event["model_steps"], event["seconds"], self._joules_since())
         elif kind == "checkpoint":
             self.progress.log(f"worker {worker}: checkpoint after step {event['step']:,}")
+            if event["last"]:
+                self.statuses |= dict.fromkeys(event["models"], "done")
             self._reach(event["step"], event["models"])
         elif kind == "diverged":
             model = self.plan.hashes.index(event["model"])
             self.progress.log(f"model {model} diverged at step {event['step']:,}", show=True)
-            for step in list(self.awaited):
-                self.awaited[step].discard(event["model"])
+            self._await_no_more([event["model"]])
         elif kind == "warning":
             self.progress.log(event["text"], show=True)
+        elif kind == "block failed":
+            self._fail(event["models"], event["text"])
         elif kind == "failed":
-            self._fail(worker, event["text"])
+            self._fail([name for job in self.plan.shards[worker] for name in job.hashes], event["text"])
         self.progress.update(event)
         if time.monotonic() - self.last_table > max(TABLE_SECONDS, 20 * self.table_cost):
             self._write_tables()
@@ -304,23 +309,39 @@ class _Session:
         since, self.joules = now - self.joules, now
         return since
 
-    def _fail(self, worker: int, text: str) -> None:
-        names = {name for job in self.plan.shards[worker] for name in job.hashes}
-        saved = self.directory.newest_states(names, verify=False)
+    def _fail(self, models: Sequence[str], text: str) -> None:
+        """What was to be trained and will not be; the models of a worker that died may have been done before."""
+        saved = self.directory.newest_states(models, verify=False)
+        among = {name for name in models if self.statuses[name] != "failed"}
         lost = [i for i, (spec, name) in enumerate(self.plan.items())
-                if name in names and steps_left(spec, saved.get(name))]  # fmt: skip
-        for i in lost:
-            self.statuses[self.plan.hashes[i]] = "failed"
+                if name in among and steps_left(spec, saved.get(name))]  # fmt: skip
+        if not lost:
+            return
+        names = [self.plan.hashes[i] for i in lost]
+        self.statuses |= dict.fromkeys(names, "failed")
         numbers = ", ".join(map(str, lost[:12])) + (", ..." if len(lost) > 12 else "")
-        self.failures.append(f"models {numbers} failed: {text}")
+        self.failures.append(f"model{'s' * (len(lost) > 1)} {numbers} failed: {text}")
         self.progress.log(self.failures[-1])
+        # At once, and not at the end alone: a run may last for days.
+        gist = text.splitlines()[-1 if text.startswith("Traceback") else 0]
+        self.progress.show(f"{len(lost)} model{'s' * (len(lost) > 1)} failed: {gist}")
+        self._await_no_more(names)
+        self._reach(0, ())
+
+    def _await_no_more(self, models: Iterable[str]) -> None:
+        """These models will not come to their next checkpoints."""
+        for waiting in self.awaited.values():
+            waiting.difference_update(models)
 
     def _reach(self, step: int, models: Iterable[str]) -> None:
         if self.on_checkpoint is None:
             return
+        if models:
+            self.reached.add(step)
         if step in self.awaited:
             self.awaited[step].difference_update(models)
-        for ready in sorted(step for step, missing in self.awaited.items() if not missing):
+        # A step that nobody reached, since all who were to have failed, is waited for by none and stays.
+        for ready in sorted(step for step in self.reached & self.awaited.keys() if not self.awaited[step]):
             del self.awaited[ready]
             self._write_tables()
             self.on_checkpoint(Run(self.directory.path), ready)

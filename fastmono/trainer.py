@@ -8,14 +8,16 @@ Where the steps are cut changes no bit of the result.
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastmono.block import Block, Model
+from fastmono.block import Block, EngineError, Model
 from fastmono.engines import engine_class
+from fastmono.files import BadFile
 from fastmono.metrics import NAMES, HeldOut, measure
 from fastmono.spec import ModelSpec
 from fastmono.store import LOG_EVERY, BlockHistory, RunDirectory, Saved, contract_tensors
@@ -154,7 +156,8 @@ class BlockTrainer:
         if kept:
             self.directory.write_checkpoint(block.models, hashes, block.step)
         self._save()
-        self.report({"kind": "checkpoint", "step": block.step, "models": list(hashes), "kept": kept})
+        last = block.step == self.steps
+        self.report({"kind": "checkpoint", "step": block.step, "models": list(hashes), "kept": kept, "last": last})
 
     def _measure(self, model: Model) -> list[float]:
         if model.diverged_step is not None:
@@ -199,8 +202,11 @@ def train_blocks(
     report: Callable[[Event], None],
     should_stop: Callable[[], bool],
 ) -> bool:
-    """Train blocks one after another, halving one that memory does not hold. Returns whether all reached their end."""
-    waiting = list(jobs)
+    """Train blocks one after another, halving one that memory does not hold. Returns whether all reached their end.
+
+    A block that fails is reported (kind "block failed", its models, and what happened), and those after it are trained.
+    """
+    waiting, whole = list(jobs), True
     while waiting:
         job = waiting.pop(0)
         try:
@@ -208,7 +214,9 @@ def train_blocks(
                 return False
         except (MemoryError, torch.OutOfMemoryError) as error:
             if len(job.specs) == 1:
-                raise
+                whole = False
+                report({"kind": "block failed", "models": list(job.hashes), "text": describe_failure(error)})
+                continue
             half = len(job.specs) // 2
             report({"kind": "warning", "text": f"out of memory with {len(job.specs)} models; on with {half} ({error})"})
             saved = directory.newest_states(job.hashes)
@@ -217,4 +225,14 @@ def train_blocks(
                 BlockJob(job.specs[part], job.hashes[part], tuple(states[part]))
                 for part in (slice(half), slice(half, None))
             ]
-    return True
+        except Exception as error:
+            whole = False
+            report({"kind": "block failed", "models": list(job.hashes), "text": describe_failure(error)})
+    return whole
+
+
+def describe_failure(error: BaseException) -> str:
+    """One line for what the system refused (disk, memory, a damaged file, a GPU), else the traceback."""
+    if isinstance(error, OSError | MemoryError | torch.OutOfMemoryError | BadFile | EngineError):
+        return f"{type(error).__name__}: {error}".strip(": ")
+    return "".join(traceback.format_exception(error)).strip()

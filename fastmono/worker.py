@@ -10,8 +10,8 @@ import threading
 import warnings
 
 from fastmono.block import single_thread
-from fastmono.executor import Stop, decode_job, describe_failure
-from fastmono.trainer import Event, train_blocks
+from fastmono.executor import Stop, decode_job
+from fastmono.trainer import Event, describe_failure, train_blocks
 
 
 def main() -> int:

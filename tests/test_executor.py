@@ -12,7 +12,7 @@ import pytest
 import fastmono as fm
 from fastmono.executor import decode_job, encode_job
 from fastmono.plan import Machine, make_plan
-from fastmono.store import RunDirectory, Saved
+from fastmono.store import RunDirectory, Saved, checkpoint_steps
 from fastmono.trainer import Options
 
 SPEC = fm.ModelSpec(n_features=32, d_embed=8, n_neurons=32, feature_prob=0.1, batch_size=64, steps=10**6)
@@ -119,6 +119,40 @@ def test_a_worker_that_raises_is_reported_with_its_traceback(tmp_path):
     assert sorted(row["status"] for row in run.table) == ["done", "done", "failed", "failed"]
     blocked.rmdir()
     assert {row["status"] for row in fm.train(short, tmp_path, workers=2, quiet=True).table} == {"done"}
+
+
+def test_after_a_worker_died_on_checkpoint_is_still_called_for_the_models_of_the_others(tmp_path):
+    called = []
+
+    def kill_one(run, step):
+        called.append(step)
+        if step == 64:
+            os.kill(min(children(os.getpid())), signal.SIGKILL)
+
+    with pytest.warns(RuntimeWarning, match=r"models \d, \d failed: worker \d died \(signal SIGKILL\)"):
+        run = fm.train(GRID.override(steps=[6000]), tmp_path, workers=2, quiet=True, on_checkpoint=kill_one)
+    assert sorted(row["status"] for row in run.table) == ["done", "done", "failed", "failed"]
+    assert called == checkpoint_steps(6000)
+
+
+def test_a_block_that_fails_takes_no_other_block_of_its_worker_with_it(tmp_path):
+    grid = GRID.override(steps=[64], n_neurons=[8, 16, 32])  # a block for each width
+    first = fm.train(grid, tmp_path, workers=1, quiet=True)
+    trained_first = first.specs[first._hashes.index(min(first.directory.files("state"), key=age)[1][0])].n_neurons
+    for state in first.directory.checkpoints.glob("state-*"):
+        state.unlink()
+    for file, models in first.directory.files("checkpoint"):
+        if file.header["step"] == 4 and first.specs[first._hashes.index(models[0])].n_neurons == trained_first:
+            file.path.unlink()
+            file.path.mkdir()  # os.replace onto a directory fails
+    with pytest.warns(RuntimeWarning, match=r"failed: (IsADirectory|OS)Error"):
+        run = fm.train(grid, tmp_path, workers=1, quiet=True)
+    assert {row["n_neurons"] for row in run.table if row["status"] == "failed"} == {trained_first}
+    assert {row["n_neurons"] for row in run.table if row["status"] == "done"} == {8, 16, 32} - {trained_first}
+
+
+def age(item):
+    return item[0].path.stat().st_mtime_ns
 
 
 def test_workers_auto_is_this_process_for_a_short_run_and_a_core_each_for_a_long_one():

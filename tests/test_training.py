@@ -264,6 +264,34 @@ def test_on_checkpoint_is_called_once_for_each_step_in_order_with_a_run_that_has
     assert [bias for _, bias in seen] == pytest.approx(column.tolist(), rel=1e-6)
 
 
+def test_models_that_have_reached_their_end_are_done_in_the_table_while_others_still_train(tmp_path):
+    seen = {}
+
+    def look(run, step):
+        seen[step] = [(row["status"], math.isfinite(row["final_loss"])) for row in run.table]
+
+    train(fm.Grid(TINY, steps=[20, 40]), tmp_path, on_checkpoint=look)
+    assert seen[20] == [("done", True), ("pending", False)]
+    assert seen[40] == [("done", True), ("done", True)]
+
+
+def test_on_checkpoint_is_not_called_for_steps_that_no_model_reached(tmp_path, monkeypatch):
+    from fastmono.engines.cpu import CpuEngine
+
+    advance = CpuEngine.advance
+
+    def fails(self, block, n_steps):
+        if block.step >= 8:
+            raise ArithmeticError("at step 8")
+        return advance(self, block, n_steps)
+
+    monkeypatch.setattr(CpuEngine, "advance", fails)
+    called = []
+    with pytest.warns(RuntimeWarning, match="at step 8"):
+        train(GRID, tmp_path, on_checkpoint=lambda run, step: called.append(step))
+    assert called == [1, 2, 4, 8]
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_in_on_checkpoint_is_raised_with_the_state_saved(workers, undisturbed, tmp_path):
     def broken(run, step):
@@ -344,6 +372,8 @@ def test_one_model_that_memory_does_not_hold_is_reported(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(CpuEngine, "advance", none)
-    with pytest.warns(RuntimeWarning, match="models 0, 1, 2, 3, 4, 5 failed"):
+    with pytest.warns(RuntimeWarning) as said:
         run = train(GRID, tmp_path)
+    texts = [str(warning.message) for warning in said if warning.category is RuntimeWarning]
+    assert texts == [f"model {i} failed: OutOfMemoryError: CUDA out of memory" for i in range(6)]
     assert {row["status"] for row in run.table} == {"failed"}
