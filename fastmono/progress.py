@@ -100,7 +100,7 @@ class Progress:
             while now - self.window[0][0] > WINDOW_SECONDS and len(self.window) > 2:
                 self.window.popleft()
         if self.live is not None:
-            self.live.update(Text(self.line(), no_wrap=True, overflow="ellipsis"))
+            self.live.update(Text(self.line(self.live.console.width), no_wrap=True, overflow="fold"))
         if now - self.last_line >= LINE_SECONDS:
             self.last_line = now
             self.log(self.line(), show=self.live is None)
@@ -112,8 +112,9 @@ class Progress:
             return 0.0, 0.0
         return (self.done_steps - steps) / (now - then), (self.done_flops - flops) / (now - then)
 
-    def line(self) -> str:
-        """Share done, steps, rates, time left, best loss and largest monosemantic fraction."""
+    def line(self, width: int | None = None) -> str:
+        """Share done, steps, rates, time left, best loss and largest monosemantic fraction; broken between two of
+        them where `width` columns do not hold it."""
         steps, flops = self.rates()
         left = duration((self.total_flops - self.done_flops) / flops) + " left" if flops else "time left unknown"
         parts = [f"{self.done_flops / max(self.total_flops, 1):4.0%}"]
@@ -127,4 +128,11 @@ class Progress:
             parts.append(f"best loss {min(losses):.4g}")
         if shares:
             parts.append(f"monosemantic/N up to {max(shares):.2f}")
-        return "  ".join(filter(None, (*parts, self.more())))
+        lines = [""]
+        for part in filter(None, (*parts, self.more())):
+            longer = f"{lines[-1]}  {part}" if lines[-1] else part
+            if lines[-1] and width is not None and len(longer) > width:
+                lines.append(f"      {part}")
+            else:
+                lines[-1] = longer
+        return "\n".join(lines)

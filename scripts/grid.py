@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import math
 import sys
 import warnings
@@ -32,6 +33,8 @@ from fastmono.spec import CHOICES, FIELDS, REAL_NUMBERS, WHOLE_NUMBERS
 LARGEST_TABLE = 60
 RESULTS = ("status", "final_loss", "eval_loss", "mono_per_feature", "mono_per_neuron", "dead_neurons", "mean_bias")
 SHORT = {"mono_per_feature": "mono/N", "mono_per_neuron": "mono/k", "dead_neurons": "dead"}
+LEFT_OUT_FIRST = ("mono/k", "dead", "mean_bias", "eval_loss")
+"""Columns that a terminal too narrow for all of them does without, in this order."""
 
 
 class UsageError(Exception):
@@ -100,7 +103,15 @@ def gib(count: float) -> str:
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
-def print_plan(console: Console, plan: Plan, out: Path) -> None:
+def operations(count: float) -> str:
+    """Floating-point operations as PFLOP, TFLOP, GFLOP or MFLOP."""
+    for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count / 1e6:,.2f} MFLOP"
+
+
+def print_plan(console: Console, plan: Plan, out: str) -> None:
     """What will be done, in a few lines."""
     options = plan.options
     for field, values in plan.grid.axes.items():
@@ -111,11 +122,11 @@ def print_plan(console: Console, plan: Plan, out: Path) -> None:
         "models": f"{len(plan.grid)}, of which {plan.finished} are finished",
         "engine": f"{options.engine}, {options.precision} ({plan.reason})",
         "schedule": f"{blocks} block{'s' * (blocks != 1)} on {len(plan.shards)} worker{'s' * (len(plan.shards) != 1)}",
-        "work": f"{plan.model_steps:,} model-steps, {plan.flops / 1e12:,.2f} TFLOP",
+        "work": f"{plan.model_steps:,} model-steps, {operations(plan.flops)}",
         "expected time": duration(plan.seconds),
         "memory": gib(plan.memory),
         "disk": f"{gib(plan.disk)} (checkpoints kept: {options.checkpoints})",
-        "directory": str(out),
+        "directory": out,
     }
     for title, text in rows.items():
         console.print(f"  {title:15s} {text}")
@@ -138,15 +149,22 @@ def print_table(console: Console, run: fm.Run) -> None:
     heads = ["model", *fields, *(SHORT.get(name, name) for name in RESULTS)]
     rows = [[str(i), *(cell(run.table[i][name]) for name in (*fields, *RESULTS))] for i in order]
     diverged = {i: run.table[i]["diverged_step"] for i in order if run.table[i]["diverged_step"]}
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     if console.is_terminal:
-        table = Table()
-        for head in heads:
-            table.add_column(head, justify="right")
+        shown = dict(zip(heads, widths, strict=True))
+        for head in LEFT_OUT_FIRST:
+            if sum(shown.values()) + 2 * (len(shown) - 1) > console.width:
+                del shown[head]
+        table = Table(box=None, padding=(0, 1), pad_edge=False)
+        for head, width in shown.items():  # never narrower than its text: a line that wraps can still be read
+            table.add_column(head, justify="right", no_wrap=True, min_width=width)
         for i, row in zip(order, rows, strict=True):
-            table.add_row(*row, style="red" if run.table[i]["status"] in ("diverged", "failed") else None)
-        console.print(table)
+            cells = [text for head, text in zip(heads, row, strict=True) if head in shown]
+            table.add_row(*cells, style="red" if run.table[i]["status"] in ("diverged", "failed") else None)
+        console.print(table, crop=False)
+        if left_out := [head for head in heads if head not in shown]:
+            console.print(f"(not shown, but in models.csv: {', '.join(left_out)})")
     else:
-        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
         for row in [heads, *rows]:
             console.print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))
     for i, step in diverged.items():
@@ -157,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line, and return its exit code."""
     errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     try:
-        return run_command(sys.argv[1:] if argv is None else argv)
+        return run_command(sys.argv[1:] if argv is None else argv, errors)
     except (UsageError, ValueError) as error:
         errors.print(f"error: {error}")
         return 2
@@ -169,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def run_command(argv: list[str]) -> int:
+def run_command(argv: list[str], errors: Console) -> int:
     """Parse, train, draw, report."""
     arguments = make_parser().parse_args(argv)
     grid, name = chosen_grid(arguments)
@@ -179,9 +197,9 @@ def run_command(argv: list[str]) -> int:
             workers = int(workers)
         except ValueError:
             raise UsageError(f"workers={workers!r}: must be auto or a whole number from 1 to 4096") from None
-    out = Path(arguments.out if arguments.out is not None else Path("runs") / name)
+    out = str(Path("runs") / name) if arguments.out is None else arguments.out
     settings: dict[str, Any] = {
-        "out": out if arguments.out != "" else "",
+        "out": out,
         "engine": arguments.engine,
         "precision": arguments.precision,
         "workers": workers,
@@ -212,9 +230,9 @@ def run_command(argv: list[str]) -> int:
     if not arguments.no_plots:
         drawn = fm.plots.save_all(run, run.directory.figures)
         console.print(f"{len(drawn)} figures in {run.directory.figures}")
-    console.print(f'load it with: import fastmono as fm; run = fm.load_run("{out}")')
+    console.print(f"load it with: import fastmono as fm; run = fm.load_run({json.dumps(out, ensure_ascii=False)})")
     for text in failures:
-        console.print(f"error: {text}")
+        errors.print(f"error: {text}")
     return 1 if failures else 0
 
 

@@ -1,14 +1,17 @@
 """The main job, `python scripts/grid.py`, called as `main(argv)`."""
 
 import importlib.util
+import io
 import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 import fastmono as fm
+from fastmono.engines.cpu import CpuEngine
 from fastmono.spec import ACTIVATIONS, FREQUENCIES, OPTIMIZERS, SCHEDULES, TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,7 +98,8 @@ def test_a_diverged_model_is_a_result(capsys):
         (["--n-neurons", "8.5"], "--n-neurons"), (["--d-embed", "999"], "d_embed=999"), (["--task", "x"], "task='x'"),
         (["--seed", "-1"], "seed=-1"), (["--workers", "many"], "workers='many'"), (["--workers", "0"], "workers=0"),
         (["--engine", "quantum"], "engine='quantum'"), (["--precision", "fp8"], "precision='fp8'"),
-        (["--out", ""], "out=''"), (["--save-every", "nan"], "save_every=nan"), (["stray"], "stray"),
+        (["--out", ""], "out=''"), (["--out", "/dev/null"], "out='/dev/null': is a file"),
+        (["--save-every", "nan"], "save_every=nan"), (["stray"], "stray"),
         (["--n-neurons", "2000000000"], "GiB"), (["--checkpoints", "odd"], "checkpoints='odd'"),
     ],
 )  # fmt: skip
@@ -104,6 +108,45 @@ def test_bad_arguments_end_in_exit_code_2_and_one_line(flags, said, capsys):
     errors = capsys.readouterr().err
     assert errors.startswith("error: ") and said in errors and errors.count("\n") == 1
     assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_the_table_in_a_terminal_of_any_width_cuts_no_value(width, capsys):
+    flags = ["--optimizer", "sgd", "--lr", "1e-3", "1e6", "--seed", "0", "4000000000"]
+    main([*TINY, *flags, "--out", "run", "--no-plots"])
+    run, text = fm.load_run("run"), io.StringIO()
+    grid_script.print_table(Console(file=text, force_terminal=True, width=width, color_system=None), run)
+    head, *lines = text.getvalue().splitlines()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text.getvalue()
+    assert width < 80 or max(map(len, (head, *lines[:8]))) <= width
+    for line, row in zip(lines, run.table, strict=False):
+        shown = dict(zip(head.split(), line.split(), strict=True))
+        assert {name: shown[name] for name in ("lr", "init_bias", "bias_decay", "seed", "status", "final_loss")} == {
+            name: grid_script.cell(row[name])
+            for name in ("lr", "init_bias", "bias_decay", "seed", "status", "final_loss")
+        }
+        assert shown["mono/N"] == grid_script.cell(row["mono_per_feature"])
+    left_out = [name for name in ("mono/k", "dead", "mean_bias", "eval_loss") if name not in head]
+    assert bool(left_out) == ("not shown" in text.getvalue()) and all(f"{name}" in text.getvalue() for name in left_out)
+
+
+def test_a_failed_model_is_told_on_standard_error_and_ends_in_exit_code_1(capsys, monkeypatch):
+    def fails(self, block, n_steps):
+        raise MemoryError("nothing left")
+
+    monkeypatch.setattr(CpuEngine, "advance", fails)
+    assert main([*TINY, "--lr", "0.01", "--init-bias", "0", "--bias-decay", "0", "--out", "run", "--no-plots"]) == 1
+    said = capsys.readouterr()
+    assert said.err == "error: model 0 failed: MemoryError: nothing left\n"
+    assert "1 model failed: MemoryError" in said.out  # when it happened
+
+
+def test_the_line_that_loads_the_run_is_python_whatever_the_directory_is_called(capsys):
+    assert main([*TINY, "--lr", "0.01", "--out", 'of "mine" [bold]', "--no-plots"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("load it with: "))
+    names = {}
+    exec(line.removeprefix("load it with: "), names)
+    assert len(names["run"]) == 2
 
 
 def test_a_directory_that_cannot_be_made_ends_in_exit_code_1_and_one_line(capsys):
