@@ -18,6 +18,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.transforms import ScaledTranslation
 
 from fastmono.block import single_thread
 from fastmono.files import BadFile, write_bytes
@@ -70,6 +71,20 @@ def _curves(run: Run, models: Sequence[int], name: str, as_logged: bool = False)
     return np.append(steps[steps <= PERIOD], ends), np.append(losses[:, steps <= PERIOD], whole, 1)
 
 
+def _limits_of_the_calm(run: Run, name: str) -> Array | None:
+    """The range of a measure over the models that did not diverge, with a margin; None where all models fit an axis.
+
+    A model on its way to infinity would press all others to one line. It is drawn to the edge of this range.
+    """
+    calm = [i for i, row in enumerate(run.table) if row["status"] != "diverged"]
+    (low, high), (least, most) = (
+        mean_low_high(_curves(run, models, name)[1].ravel())[1:] for models in (calm, range(len(run.table)))
+    )
+    span = (high - low) or abs(high) or 1.0
+    stretched = math.isfinite(span) and most - least > 10 * span
+    return np.array([low - 0.2 * span, high + 0.2 * span]) if stretched else None
+
+
 @styled
 def training_curves(run: Run, color: str | None = None) -> Figure:
     """Loss, monosemantic neurons per feature and mean bias against log2(step), one line for models equal but for seed.
@@ -84,11 +99,15 @@ def training_curves(run: Run, color: str | None = None) -> Figure:
     powers = range(max(2, last_step.bit_length()))
     first = mean_low_high(_curves(run, range(len(diverged)), "loss", as_logged=True)[1][:, 0])[2]
     ceiling = 100 * np.nan_to_num(first, nan=1.0)  # a loss may reach 1e38 before it is not a number
+    shown: list[Array] = []  # losses that the axis must hold
+    cut = ""
     for ax, name in zip(axes, ("loss", "mono_per_feature", "mean_bias"), strict=True):
+        calm = _limits_of_the_calm(run, name) if name != "loss" else None
         for models in groups:
             steps, values = _curves(run, models, name)
-            mean, low, high = mean_low_high(values)
+            mean, low, high = mean_low_high(values if calm is None else values.clip(*calm))
             known, look = np.isfinite(mean), looks[models[0]]
+            shown += [low[known], high[known]] if name == "loss" else []
             ax.plot(steps[known], mean[known], marker="o" if known.sum() < 3 else "", markersize=4, **look)
             if len(models) > 1:
                 ax.fill_between(steps[known], low[known], high[known], color=look["color"], alpha=0.18, linewidth=0)
@@ -96,12 +115,17 @@ def training_curves(run: Run, color: str | None = None) -> Figure:
                 logged, (last,) = _curves(run, [i], name, as_logged=True)
                 if diverged[i] and (ended := np.isfinite(last)).any():  # from the last mean to the last value
                     x = np.append(steps[np.isfinite(row)][-1:], logged[ended][-1:])
-                    y = np.append(row[np.isfinite(row)][-1:], last[ended][-1:]).clip(max=ceiling)
+                    y = np.append(row[np.isfinite(row)][-1:], last[ended][-1:])
+                    y = y.clip(max=ceiling) if calm is None else y.clip(*calm)
                     ax.plot(x, y, **look, marker="X", markevery=[len(x) - 1], markersize=8, markeredgecolor="white")
         set_x_axis(ax, [2.0**e for e in powers], [f"$2^{{{e}}}$" for e in powers], [1, max(2, last_step)], 2)
         ax.set(xlabel="step", ylabel=LABELS[name])
+        if calm is not None:
+            cut = ", cut off at the edge of the axis"
+            ax.set_ylim(calm + 0.05 * np.ptp(calm) * np.array([-1, 1]))
     loss = axes[0]
-    low, high = mean_low_high(np.concatenate([[ceiling / 100], *(line.get_ydata() for line in loss.lines)]))[1:]
+    shown += [np.asarray(line.get_ydata()) for line in loss.lines]
+    low, high = mean_low_high(np.concatenate([[ceiling / 100], *shown]))[1:]
     high = min(high, ceiling)
     few = ticker.MaxNLocator(5) if high < 5 * low else ticker.LogLocator(10, (1, 2, 5) if high < 1e3 * low else (1,))
     loss.set(yscale="log", ylim=(low / 1.1, high * 1.1))
@@ -112,7 +136,7 @@ def training_curves(run: Run, color: str | None = None) -> Figure:
         label = f"mean, lowest and highest of up to {max(map(len, groups))} seeds"
         handles.append(Patch(color="0.5", alpha=0.3, label=label))
     if any(diverged):
-        handles.append(Line2D([], [], color="0.3", linestyle="", marker="X", label=f"diverged ({sum(diverged)})"))
+        handles.append(Line2D([], [], color="0.3", linestyle="", marker="X", label=f"diverged ({sum(diverged)}){cut}"))
     return finished_figure(figure, run, handles=handles)
 
 
@@ -211,7 +235,8 @@ def monosemanticity_against(run: Run, field: str) -> Figure:
     marks = values_of(run, "n_features") if wide else []
     for ax, column in zip(axes[0], ("mono_per_neuron", "mono_per_feature"), strict=True):
         found = _finished(run, column)
-        for models in group_models(run, fields).values():
+        lines_of = list(group_models(run, fields).values())
+        for number, models in enumerate(lines_of):
             at = [found[[i for i in models if getattr(run.specs[i], field) == value]] for value in values]
             known = [np.isfinite(these).any() for these in at]
             mean, low, high = np.array([mean_low_high(these) for these in at])[known].T
@@ -219,7 +244,12 @@ def monosemanticity_against(run: Run, field: str) -> Figure:
             ax.plot(x[known], mean, marker="o", markersize=4, **look)
             if (high > low).any():
                 bars = np.stack((mean - low, high - mean)).clip(0)  # a mean may round to beyond its ends
-                ax.errorbar(x[known], mean, bars, fmt="none", color=look["color"], capsize=3)
+                # Side by side, some points apart: those of the last line would cover the others.
+                aside = (number - (len(lines_of) - 1) / 2) * min(4, 24 / len(lines_of)) / 72
+                place = ax.transData + ScaledTranslation(aside, 0, figure.dpi_scale_trans)
+                ax.errorbar(x[known], mean, bars, fmt="none", color=look["color"], capsize=2, transform=place)
+                ax.update_datalim([(x[known][0], low.min()), (x[known][0], high.max())])  # which that one does not
+                ax.autoscale_view()
                 several = True
         ends = [*x, *marks] if numeric else [-0.5, len(x) - 0.5]
         set_x_axis(ax, x.tolist(), [value_text(value) for value in values], ends, base)
@@ -268,7 +298,10 @@ def heatmap(run: Run, x: str, y: str, value: str) -> Figure:
     ax.set_yticks(range(len(rows)), [value_text(v) for v in rows])
     ax.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
     figure.colorbar(image, ax=ax, fraction=0.6 / width, pad=0.15 / width)
-    over = ", ".join(field for field in run.grid.axes if field not in (x, y))
+    over = ", ".join(
+        field for field in run.grid.axes
+        if any(len({getattr(run.specs[i], field) for i in models}) > 1 for models in groups.values())
+    )  # fmt: skip
     most = max(map(len, groups.values()))
     note = f": mean ± standard deviation over {over}, up to {most} models a cell" if most > 1 else ""
     return finished_figure(figure, run, f"{LABELS.get(value, value)}{note}\n")

@@ -205,6 +205,35 @@ def test_a_loss_that_explodes_does_not_stretch_the_axis():
     assert low < xy(marker)[1][-1] < high  # it is seen, at the edge
 
 
+def test_a_bias_that_explodes_does_not_stretch_the_axis():
+    run = fake_run(Grid(BASE, lr=[1e-3, 3e-3, 1e-2]), diverged=[2], diverges_at=100)
+    run.metrics["mean_bias"][2, 5:7] = torch.tensor([1e10, 1e26], dtype=torch.float64)
+    figure = plots.training_curves(run)
+    ax = figure.axes[2]
+    calm = run.metrics["mean_bias"][:2]
+    low, high = ax.get_ylim()
+    span = float(calm.max() - calm.min())
+    assert float(calm.min()) - span < low < float(calm.min()) and float(calm.max()) < high < float(calm.max()) + span
+    for line, values in zip(curves(ax)[:2], calm, strict=True):
+        np.testing.assert_array_equal(xy(line)[1], values.numpy())
+    (marker,) = (line for line in ax.lines if line.get_marker() == "X")
+    assert low < xy(marker)[1][-1] < high  # it is seen, at the edge
+    assert "diverged (1), cut off at the edge of the axis" in texts(figure)
+
+
+def test_a_diverged_model_whose_bias_stays_small_is_drawn_as_it_was():
+    run = fake_run(Grid(BASE, lr=[1e-3, 1e-2]), diverged=[1], diverges_at=100)
+    line = curves(plots.training_curves(run).axes[2])[1]
+    np.testing.assert_array_equal(xy(line)[1], run.metrics["mean_bias"][1, :7].numpy())
+
+
+def test_the_axis_of_losses_holds_the_lowest_and_highest_seed():
+    run = fake_run(Grid(BASE, lr=[1e-3, 1e-2], seed=range(3)))
+    run.losses[0, 20], run.losses[1, 30] = 40.0, 0.002
+    low, high = plots.training_curves(run).axes[0].get_ylim()
+    assert low < 0.002 and high > 40.0
+
+
 def test_lines_share_a_colour_for_equal_values_and_a_style_for_equal_others():
     run = fake_run(preset("demo"))
     figure = plots.training_curves(run)
@@ -332,6 +361,18 @@ def test_seeds_of_a_value_give_their_mean_and_bars_and_diverged_models_are_left_
     np.testing.assert_allclose(ends, [[min(values), max(values)] for values in found], rtol=1e-12)
 
 
+def test_bars_of_several_lines_stand_side_by_side_within_the_axis():
+    run = fake_run(Grid(BASE, lr=[1e-3, 1e-2], init_bias=[0.0, -1.0], seed=range(3)))
+    for i, row in enumerate(run.table):
+        row["mono_per_feature"] = 0.9 if i % 3 == 0 else 0.01  # bars far longer than the lines are apart
+    ax = plots.monosemanticity_against(run, "lr").axes[1]
+    assert ax.get_ylim()[0] <= 0.01 and ax.get_ylim()[1] >= 0.9
+    columns = [bars.lines[2][0] for bars in ax.containers]
+    assert len(columns) == 2
+    at = [column.get_transform().transform(column.get_segments()[0])[0, 0] for column in columns]
+    assert at[0] + 2 < at[1]  # pixels
+
+
 @pytest.mark.parametrize(
     ("axis", "scale"),
     [({"lr": [1e-3, 3e-2]}, "log"), ({"lr": [1e-3, 3e-3]}, "linear"), ({"init_bias": [0.0, -1.0]}, "linear")],
@@ -375,6 +416,12 @@ def test_cells_hold_means_and_deviations_and_say_why_one_is_empty():
             assert lines[1:2] == ([f"± {np.std(values, ddof=1):.2g}"] if len(values) > 1 else [])
             assert lines[2:] == ([f"({len(values)} of 3)"] if len(values) < len(here) else [])
     assert sorted(patch.get_xy() for patch in ax.patches if patch.get_hatch()) == [(0.5, 0.5), (1.5, -0.5)]
+
+
+def test_the_deviation_is_said_to_be_over_what_differs_within_a_cell():
+    run = fake_run(preset("demo").override(seed=[0, 1], steps=[16]))
+    title = " ".join(plots.heatmap(run, "lr", "init_bias", "final_loss").get_suptitle().split())
+    assert "standard deviation over seed, up to 2 models a cell" in title  # bias_decay goes with init_bias
 
 
 def test_any_numeric_column_can_be_shown():
