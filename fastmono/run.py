@@ -120,6 +120,9 @@ class Run:
         if wanted not in steps:
             raise ValueError(f"step={step}: model {i} of {self.path} has steps {', '.join(map(str, steps))}")
         file, row = self._index()[i, wanted]
+        if not file.path.exists():  # a state that training has replaced since
+            self._where = None
+            return self.parameters(i, step)
         share = file.header["projection"][row]
         names = {"W_in": row, "b": row, "W_out": row, "P": share}
         if self.specs[i].task == "reprojector":

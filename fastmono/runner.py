@@ -101,7 +101,7 @@ def train(
     lock = DirectoryLock(directory.path)
     try:
         directory, options, reason = _options(grid, *arguments)
-        for folder in (directory.path, directory.checkpoints):
+        for folder in (directory.path, directory.checkpoints, directory.figures):
             remove_temporaries(folder)
         saved = directory.newest_states(content_hashes(grid, options)) if resume else {}
         plan = make_plan(grid, options, reason, saved, workers, this_machine())
@@ -145,13 +145,20 @@ def _options(
     if directory.path.exists() and not directory.path.is_dir():
         raise ValueError(f"out={out!r}: is a file, and must be a directory")
     engine_name, precision_name, reason = resolve(engine, precision)
-    if not (directory.path / "grid.json").exists():
+    path = directory.path / "grid.json"
+    if not path.exists():
         return directory, Options(engine_name, precision_name, checkpoints, float(save_every)), reason
     if not resume:
-        values = read_json(directory.path / "grid.json") if _is_json(directory.path / "grid.json") else {"schema": 1}
+        values = read_json(path) if _is_json(path) else {"schema": 1}
         if not isinstance(values, dict) or "schema" not in values:
-            raise BadFile(directory.path / "grid.json", "was not written by fastmono, and is not overwritten")
+            raise BadFile(path, "was not written by fastmono, and is not overwritten")
     else:
+        if not _is_json(path):
+            raise BadFile(
+                path,
+                "is truncated or corrupted: remove it, and the same command goes on from the states of its models, "
+                "or discard that run (--no-resume)",
+            )
         held = directory.read_grid()
         if engine == "auto" and precision in ("auto", held["precision"]):
             engine_name, precision_name, reason = held["engine"], held["precision"], "as this directory was begun"

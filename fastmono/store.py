@@ -52,6 +52,8 @@ LOG_EVERY = 16
 FINAL_STEPS = 1024
 MOMENTS = ("first_moment", "second_moment")
 KEPT_STATES = 2
+LISTINGS = 5
+"""How often to look again when a state has gone while a directory was read: a newer one has taken its place."""
 
 
 def logged_steps(steps: int) -> Tensor:
@@ -215,18 +217,23 @@ class RunDirectory:
     def files(self, kind: str) -> list[tuple[TensorFile, list[str]]]:
         """The readable files of a kind ("state" or "checkpoint") with their models, newest step first.
 
-        A file that cannot be read is named in a warning and passed over.
+        A file that cannot be read is named in a warning and passed over; one that a worker replaces meanwhile is not.
         """
-        found = []
-        for path in self.checkpoints.glob(("state" if kind == "state" else "step") + "-*.safetensors"):
-            try:
-                file = TensorFile(path)
-                header = file.header
-                if header.get("schema") != SCHEMA or header.get("kind") != kind:
-                    raise BadFile(path, f"is not a {kind} of schema {SCHEMA}")
-                found.append((file, list(header["models"])))
-            except BadFile as error:
-                warnings.warn(f"{error}; it is not used", stacklevel=2)
+        for _ in range(LISTINGS):
+            found, vanished = [], False
+            for path in self.checkpoints.glob(("state" if kind == "state" else "step") + "-*.safetensors"):
+                try:
+                    file = TensorFile(path)
+                    header = file.header
+                    if header.get("schema") != SCHEMA or header.get("kind") != kind:
+                        raise BadFile(path, f"is not a {kind} of schema {SCHEMA}")
+                    found.append((file, list(header["models"])))
+                except BadFile as error:
+                    if path.exists():
+                        warnings.warn(f"{error}; it is not used", stacklevel=2)
+                    vanished = vanished or not path.exists()
+            if not vanished:
+                break
         return sorted(found, key=lambda item: (-item[0].header["step"], item[0].path.name))
 
     def newest_states(self, hashes: Iterable[str], verify: bool = True) -> dict[str, Saved]:

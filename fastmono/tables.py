@@ -16,6 +16,7 @@ from fastmono.metrics import NAMES
 from fastmono.spec import Grid
 from fastmono.store import (
     COLUMNS,
+    LISTINGS,
     SCHEMA,
     TELEMETRY,
     RunDirectory,
@@ -35,8 +36,11 @@ def write_tables(
     Args:
         statuses: the status of each model by content hash; one whose state says that it diverged is that in any case.
     """
-    saved = directory.newest_states(hashes, verify=False)
-    known = _logged(directory, {state.path for state in saved.values()})
+    for _ in range(LISTINGS):
+        saved = directory.newest_states(hashes, verify=False)
+        known, vanished = _logged(directory, {state.path for state in saved.values()})
+        if not vanished:
+            break
     logged = {steps: logged_steps(steps) for steps in {spec.steps for spec in grid}}
     checkpoints = {steps: torch.tensor(checkpoint_steps(steps)) for steps in logged}
     all_logged = torch.cat(list(logged.values())).unique()
@@ -69,16 +73,18 @@ def write_tables(
     return rows
 
 
-def _logged(directory: RunDirectory, paths: set[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Losses [A, n_logged] and measures [A, n_checkpoints, n_measures] of state files."""
-    found = {}
+def _logged(directory: RunDirectory, paths: set[str]) -> tuple[dict[str, tuple[Tensor, Tensor]], bool]:
+    """Losses [A, n_logged] and measures [A, n_checkpoints, n_measures] of state files, and whether one has gone."""
+    found, vanished = {}, False
     for path in paths:
         try:
             file = TensorFile(directory.checkpoints / path)
             found[path] = file.read("losses"), file.read("measures")
         except BadFile as error:
-            warnings.warn(f"{error}; the tables leave it out", stacklevel=2)
-    return found
+            if (directory.checkpoints / path).exists():
+                warnings.warn(f"{error}; the tables leave it out", stacklevel=2)
+            vanished = vanished or not (directory.checkpoints / path).exists()
+    return found, vanished
 
 
 class Telemetry:

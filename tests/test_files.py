@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
 
 import fastmono as fm
+from fastmono import store, tables
 from fastmono.files import BadFile, DirectoryLock, TensorFile, write_bytes, write_tensors
 
 TINY = fm.ModelSpec(n_features=12, d_embed=5, n_neurons=9, feature_prob=0.25, batch_size=24, steps=40, lr=0.01)
@@ -86,6 +88,50 @@ def test_when_every_state_is_damaged_the_models_are_trained_anew(run):
     assert (run.path / "models.csv").read_bytes() == expected
 
 
+def vanishing(module, monkeypatch):
+    """Have the newest state deleted at the moment when `module` opens it, as a worker does that has a newer one."""
+    real = module.TensorFile
+
+    def opened(path):
+        if path.name.endswith("-000000000040.safetensors") and path.name.startswith("state-"):
+            path.unlink(missing_ok=True)
+        return real(path)
+
+    monkeypatch.setattr(module, "TensorFile", opened)
+
+
+@pytest.mark.parametrize("module", [store, tables])
+def test_a_state_that_is_replaced_while_it_is_read_is_not_taken_for_damaged(module, run, monkeypatch):
+    vanishing(module, monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = tables.write_tables(run.directory, run.grid, run._hashes, dict.fromkeys(run._hashes, "running"))
+    assert [row["eval_loss"] for row in rows] == run.metrics["eval_loss"][:, -2].tolist()  # of the state at step 32
+
+
+def test_parameters_of_a_run_in_training_are_those_of_a_newer_state_when_the_listed_one_has_gone(tmp_path):
+    train(tmp_path, checkpoints="none")
+    loaded = fm.load_run(tmp_path)
+    assert loaded.kept_steps(0) == [32, 40]
+    max(loaded.directory.checkpoints.glob("state-*")).unlink()
+    assert torch.equal(loaded.parameters(0)["b"], loaded.parameters(0, step=32)["b"])
+    with pytest.raises(ValueError, match="has steps 32"):
+        loaded.parameters(0, step=40)
+
+
+def test_without_its_damaged_grid_file_a_run_goes_on_from_its_states(run):
+    expected = (run.path / "models.csv").read_bytes()
+    damage(run.path / "grid.json", "truncated")
+    with pytest.raises(
+        ValueError, match=r"grid\.json: is truncated or corrupted: remove it, and the same command goes"
+    ):
+        train(run.path)
+    (run.path / "grid.json").unlink()
+    train(run.path)
+    assert (run.path / "models.csv").read_bytes() == expected
+    assert "2 finished" in (run.path / "run.log").read_text().splitlines()[-3]
+
+
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_checkpoint_is_named_when_its_parameters_are_asked_for(how, run):
     path = next(run.directory.checkpoints.glob("step-000000000004-*"))
@@ -156,10 +202,13 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(tmp_path, monke
 
 
 def test_what_a_killed_writer_left_behind_is_removed(run):
-    left = run.directory.checkpoints / ".state-x.safetensors.1234.writing"
-    left.write_bytes(b"half")
+    run.directory.figures.mkdir()
+    left = [run.directory.checkpoints / ".state-x.safetensors.1234.writing"]
+    left.append(run.directory.figures / ".training_curves.png.1234.writing")
+    for path in left:
+        path.write_bytes(b"half")
     train(run.path)
-    assert not left.exists()
+    assert not any(path.exists() for path in left)
 
 
 HOLD = """
