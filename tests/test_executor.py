@@ -11,7 +11,7 @@ import pytest
 
 import fastmono as fm
 from fastmono.executor import decode_job, encode_job
-from fastmono.plan import Machine, make_plan
+from fastmono.plan import Machine, make_plan, model_seconds
 from fastmono.store import RunDirectory, Saved, checkpoint_steps
 from fastmono.trainer import Options
 
@@ -160,6 +160,17 @@ def test_workers_auto_is_this_process_for_a_short_run_and_a_core_each_for_a_long
     short = make_plan(GRID.override(steps=[10]), options, "", {}, "auto", machine)
     long = make_plan(GRID, options, "", {}, "auto", machine)
     assert (len(short.shards), len(long.shards)) == (1, 3)
+
+
+def test_measuring_at_checkpoints_is_part_of_the_expected_time():
+    tiny = GRID[0].replace(n_features=8, d_embed=4, n_neurons=8, batch_size=16, steps=64)
+    machine = Machine(cores=2, memory=None, flops=1e11)
+    plan = make_plan(fm.Grid(tiny, seed=range(300)), Options("cpu", "fp32"), "", {}, 1, machine)
+    # 300 models x 7 checkpoints x 8,192 samples of 8 words: far more than 64 steps of 16 samples
+    assert plan.seconds > 5 * 300 * 64 * model_seconds(tiny, machine, 1)
+    begun = {name: Saved("state-x.safetensors", 0, 32, None) for name in plan.hashes}
+    rest = make_plan(fm.Grid(tiny, seed=range(300)), Options("cpu", "fp32"), "", begun, 1, machine)
+    assert 0 < rest.seconds < plan.seconds / 2
 
 
 def test_models_that_share_a_stream_go_to_one_worker_and_the_work_is_balanced():
