@@ -56,6 +56,19 @@ def real(text: str) -> float:
         raise ValueError(text) from error
 
 
+def reader(kind: Callable[[str], Any], allowed: str) -> Callable[[str], Any]:
+    """Reads one value of a flag; what cannot be read is an error that says what is allowed."""
+
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            shown = text if len(text) <= 80 else text[:77] + "..."
+            raise argparse.ArgumentTypeError(f"{shown!r}: must be {allowed}") from None
+
+    return read
+
+
 def make_parser() -> Parser:
     """Every field of ModelSpec as a flag of one or more values, and the flags of a run."""
     parser = Parser(
@@ -65,11 +78,13 @@ def make_parser() -> Parser:
     for field in FIELDS:
         kind: Callable[[str], Any] = str
         if field in WHOLE_NUMBERS:
-            kind, allowed = int, "{} to {}".format(*WHOLE_NUMBERS[field])
+            allowed = "a whole number from {} to {}".format(*WHOLE_NUMBERS[field])
+            kind = reader(int, allowed)
         elif field in REAL_NUMBERS:
-            kind, allowed = real, REAL_NUMBERS[field][0].removeprefix("must be ")
+            allowed = REAL_NUMBERS[field][0].removeprefix("must be ")
+            kind = reader(real, allowed)
         else:
-            allowed = ", ".join(CHOICES[field])
+            allowed = "one of " + ", ".join(CHOICES[field])
         flag = "--" + field.replace("_", "-")
         models.add_argument(flag, type=kind, nargs="+", metavar="VALUE", default=None, help=allowed)
     presets = "; ".join(f"{name}: {about}" for name, (about, _) in fm.PRESETS.items())
@@ -80,7 +95,8 @@ def make_parser() -> Parser:
     run.add_argument("--precision", default="auto", metavar="NAME", help="auto, fp32, tf32 or bf16")
     run.add_argument("--workers", default="auto", metavar="N", help="processes; auto: one for each core")
     run.add_argument("--checkpoints", default="all", metavar="WHICH", help="which to keep: all, last or none")
-    run.add_argument("--save-every", type=real, default=60.0, metavar="SECONDS", help="between full states (60)")
+    seconds = reader(real, "a number of seconds, at least 0")
+    run.add_argument("--save-every", type=seconds, default=60.0, metavar="SECONDS", help="between full states (60)")
     run.add_argument("--no-resume", action="store_true", help="discard what the directory holds of an earlier run")
     run.add_argument("--no-plots", action="store_true", help="draw no figures")
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")

@@ -93,9 +93,11 @@ def test_a_diverged_model_is_a_result(capsys):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--lr", "0"], "lr=0.0"), (["--lr", "fast"], "--lr"), (["--lr", "1/0"], "--lr"), (["--lr"], "--lr"),
+        (["--lr", "0"], "lr=0.0"), (["--lr", "fast"], "--lr: 'fast': must be a finite float32 above 0"),
+        (["--lr", "1/0"], "--lr"), (["--lr"], "--lr"),
         (["--lr", "1e-3", "1e-3"], "twice"), (["--rate", "1"], "--rate"), (["--preset", "none"], "preset='none'"),
-        (["--n-neurons", "8.5"], "--n-neurons"), (["--d-embed", "999"], "d_embed=999"), (["--task", "x"], "task='x'"),
+        (["--n-neurons", "8.5"], "--n-neurons: '8.5': must be a whole number from 1 to"),
+        (["--d-embed", "999"], "d_embed=999"), (["--task", "x"], "task='x'"),
         (["--seed", "-1"], "seed=-1"), (["--workers", "many"], "workers='many'"), (["--workers", "0"], "workers=0"),
         (["--engine", "quantum"], "engine='quantum'"), (["--precision", "fp8"], "precision='fp8'"),
         (["--out", ""], "out=''"), (["--out", "/dev/null"], "out='/dev/null': is a file"),
