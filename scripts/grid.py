@@ -178,7 +178,7 @@ def print_table(console: Console, run: fm.Run) -> None:
             cells = [text for head, text in zip(heads, row, strict=True) if head in shown]
             table.add_row(*cells, style="red" if run.table[i]["status"] in ("diverged", "failed") else None)
         console.print(table, crop=False)
-        if left_out := [head for head in heads if head not in shown]:
+        if left_out := [name for name in RESULTS if SHORT.get(name, name) not in shown]:
             console.print(f"(not shown, but in models.csv: {', '.join(left_out)})")
     else:
         for row in [heads, *rows]:
