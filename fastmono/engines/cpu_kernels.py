@@ -47,7 +47,7 @@ from fastmono.engines.simd import (
 )
 from fastmono.optim import ADAMW_EPS, ADAMW_WEIGHT_DECAY, BETA1, BETA2, LAMB_EPS, LAMB_LARGEST_NORM
 
-SOURCES = "1de81e3d233f53c6"
+SOURCES = "6afa9ef5272a444b"
 """The first digits of the SHA-256 of simd.py and cpu_rows.py. Numba keeps what it compiled until this file changes, and
 cannot see that those have: with them, this line must."""
 TILE = 64
