@@ -1,0 +1,151 @@
+"""A contestant in one single-threaded process a core, each with a share of the models.
+
+The processes start once and wait for orders; a turn is timed from the order to the last answer.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.contestants.base import Contestant, Unavailable
+from benchmarks.state import TENSORS, State
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def serve(connection: Connection, name: str) -> None:
+    """A worker: obeys orders for a contestant until it is told to close or its driver is gone."""
+    from benchmarks.contestants import make  # the registry imports this module
+
+    torch.set_num_threads(1)
+    contestant = None
+    while True:
+        try:
+            order, argument = connection.recv()
+        except EOFError:
+            return
+        try:
+            if order == "make":
+                contestant = make(name, torch.device("cpu"), in_pool=False)
+                facts = ("ours", "precision", "most_models", "step_multiple", "warm_steps")
+                answer: Any = {fact: getattr(contestant, fact) for fact in facts}
+            else:
+                assert contestant is not None
+                if order == "load":
+                    answer = contestant.load(decode(argument))
+                elif order == "advance":
+                    answer = contestant.advance(argument).numpy()
+                elif order == "read":
+                    answer = encode(contestant.read())
+                else:
+                    answer = getattr(contestant, order)()
+                    if order == "close":
+                        return
+        except Exception as error:
+            answer = error if isinstance(error, Unavailable) else RuntimeError(f"{type(error).__name__}: {error}")
+        connection.send(answer)
+
+
+PARTS = ("parameters", "first_moment", "second_moment")
+
+
+def encode(state: State) -> dict[str, Any]:
+    """A state with arrays instead of tensors: PyTorch would send those as shared memory, to be kept open."""
+    parts = {part: {name: getattr(state, part)[name].numpy() for name in TENSORS} for part in PARTS}
+    return {"specs": state.specs, "step": state.step, "P": state.P.numpy(), **parts}
+
+
+def decode(message: dict[str, Any]) -> State:
+    """Inverse of `encode`."""
+    parts = {part: {name: torch.from_numpy(array) for name, array in message[part].items()} for part in PARTS}
+    return State(message["specs"], message["step"], P=torch.from_numpy(message["P"]), **parts)
+
+
+def shares(state: State, workers: int) -> list[list[int]]:
+    """Models of each worker: whole streams where they divide evenly, else an equal part of every stream."""
+    S, G = state.n_streams, state.group
+    usable = next(w for w in range(workers, 0, -1) if S % w == 0 or G % w == 0)
+    if S % usable == 0:
+        size = S // usable * G
+        return [list(range(i * size, (i + 1) * size)) for i in range(usable)]
+    size = G // usable
+    return [[s * G + g for s in range(S) for g in range(i * size, (i + 1) * size)] for i in range(usable)]
+
+
+class Pool(Contestant):
+    """The contestant of that name on every core. Raises `Unavailable` as it does."""
+
+    def __init__(self, name: str, workers: int | None = None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for _ in range(workers or cores()):
+            here, there = context.Pipe()
+            process = context.Process(target=serve, args=(there, name), daemon=True)
+            process.start()
+            there.close()
+            self.pipes.append(here)
+            self.processes.append(process)
+        self.models: list[list[int]] = []
+        self.state: State | None = None
+        try:
+            facts = self._order("make", [None] * len(self.pipes))
+        except BaseException:
+            self.close()
+            raise
+        for fact, value in facts[0].items():
+            setattr(self, fact, value)
+
+    def _order(self, order: str, arguments: list[Any]) -> list[Any]:
+        pipes = self.pipes[: len(arguments)]
+        for pipe, argument in zip(pipes, arguments, strict=True):
+            pipe.send((order, argument))
+        answers = [pipe.recv() for pipe in pipes]
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
+    def load(self, state: State) -> None:
+        self.state, self.models = state, shares(state, len(self.pipes))
+        self._order("load", [encode(state.select(models)) for models in self.models])
+
+    def advance(self, n_steps: int) -> Tensor:
+        assert self.state is not None
+        losses = torch.empty(len(self.state.specs), n_steps)
+        for models, part in zip(self.models, self._order("advance", [n_steps] * len(self.models)), strict=True):
+            losses[models] = torch.from_numpy(part)
+        return losses
+
+    def read(self) -> State:
+        assert self.state is not None
+        states = [decode(answer) for answer in self._order("read", [None] * len(self.models))]
+        order = torch.tensor([model for models in self.models for model in models]).argsort()
+        parts = {
+            part: {name: torch.cat([getattr(s, part)[name] for s in states])[order] for name in TENSORS}
+            for part in PARTS
+        }
+        return replace(self.state, step=states[0].step, **parts)
+
+    def unload(self) -> None:
+        self._order("unload", [None] * len(self.pipes))
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            try:
+                pipe.send(("close", None))
+            except OSError:
+                continue
+        for process in self.processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
