@@ -1,4 +1,4 @@
-"""The state that every contestant starts from: parameters, moments and step of a stack of models, and their projections.
+"""The state that every contestant starts from: parameters, moments and step of a stack of models, and projections.
 
 Models stand stream by stream, equally many to each: the A = S G models of S streams are `[s * G + g]`. Models of one
 stream see the same batches. All have one shape, and train the published recipe (decoder, ReLU, LAMB).
@@ -111,7 +111,7 @@ class State:
         return State(specs, self.step, *repeated, self.P.repeat(count, 1, 1))
 
     def with_steps(self, steps: int) -> State:
-        """The same state within a run of so many steps: it decides until when the bias decays, and where the run ends."""
+        """The same state within a run of so many steps, which decides until when the bias decays and where the run ends."""
         return replace(self, specs=tuple(spec.replace(steps=steps) for spec in self.specs))
 
     def density(self) -> float:

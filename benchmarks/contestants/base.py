@@ -26,14 +26,12 @@ class Contestant(ABC):
         ours: whether it is an engine of fastmono.
         precision: fp32, tf32 or bf16, of the operands of its matrix products.
         most_models: models that are enough to time it, for one that trains them one after another; None for all.
-        step_multiple: calls of `advance` are multiples of so many steps.
         warm_steps: steps after `load` that are not timed: the first may compile, capture, pack or allocate.
     """
 
     ours: ClassVar[bool] = False
     precision: str = "fp32"
     most_models: int | None = None
-    step_multiple: int = 1
     warm_steps: int = 2
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The published recipe one model at a time, cleaned up: one draw a batch, one forward pass, nothing waits for the host."""
+"""The published recipe one model at a time, cleaned up: one draw a batch, one forward pass, no wait for the host."""
 
 from __future__ import annotations
 

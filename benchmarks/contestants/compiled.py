@@ -6,6 +6,7 @@ On CUDA, `GRAPH_STEPS` of them are captured in a CUDA graph, so that neither Pyt
 from __future__ import annotations
 
 import shutil
+import warnings
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def sampled_step(
     p: list[Tensor], m: list[Tensor], v: list[Tensor], PT: Tensor, rates: Tensor, factors: Tensor, losses: Tensor,
     t: Tensor, batch: int, probability: float, operand: torch.dtype,
 ) -> None:  # fmt: skip
-    """Step t (a tensor [1], counted up) of a call, in place; row t of rates and factors [n, A] holds, losses get theirs."""
+    """Step t of a call, in place: row t of rates and factors [n, A] holds, row t of losses is filled; t [1] counts up."""
     f = features((PT.shape[0], batch, PT.shape[1]), probability, PT.device)
     loss, found = gradients(f, PT, *p, operand)
     lr, factor = rates.index_select(0, t)[0], factors.index_select(0, t)[0]
@@ -65,7 +66,6 @@ def sampled_step(
 class Compiled(Stacked):
     """Raises `Unavailable` on a CPU without a C++ compiler."""
 
-    step_multiple = GRAPH_STEPS
     warm_steps = GRAPH_STEPS
 
     def __init__(self, device: torch.device, precision: str = "fp32") -> None:
@@ -117,22 +117,28 @@ class Compiled(Stacked):
             t.copy_(value)
 
     def advance(self, n_steps: int) -> Tensor:
-        assert self.state is not None and n_steps % GRAPH_STEPS == 0
-        if self.device.type == "cuda" and self.graph is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler's own code uses what PyTorch deprecates
+            return self._advance(n_steps)
+
+    def _advance(self, n_steps: int) -> Tensor:
+        assert self.state is not None
+        if self.device.type == "cuda" and self.graph is None and n_steps >= GRAPH_STEPS:
             self._capture()
         rates = rate_table(self.lr, self.step, n_steps).to(self.device)
         factors = factor_table(self.state, self.step, n_steps).to(self.device)
         parts = []
         for start in range(0, n_steps, GRAPH_STEPS):
-            self.rates.copy_(rates[start : start + GRAPH_STEPS])
-            self.factors.copy_(factors[start : start + GRAPH_STEPS])
+            count = min(GRAPH_STEPS, n_steps - start)
+            self.rates[:count] = rates[start : start + count]
+            self.factors[:count] = factors[start : start + count]
             self.t.zero_()
-            if self.graph is not None:
+            if self.graph is not None and count == GRAPH_STEPS:
                 self.graph.replay()
             else:
-                for _ in range(GRAPH_STEPS):
+                for _ in range(count):
                     self._call()
-            parts.append(self.losses.clone())
+            parts.append(self.losses[:count].clone())
         self.step += n_steps
         synchronize(self.device)
         return torch.cat(parts).T.cpu()

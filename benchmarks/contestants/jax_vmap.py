@@ -1,4 +1,4 @@
-"""JAX: `jit(scan(vmap))` with donated buffers, over streams and their models; the whole step runs in one XLA program."""
+"""JAX: `jit(scan(vmap))` with donated buffers, over streams and their models; whole steps run in one XLA program."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ def import_jax(device: torch.device) -> Any:
 class JaxVmap(Contestant):
     """Raises `Unavailable` without jax, or without its CUDA backend for a GPU."""
 
-    step_multiple = SCAN_STEPS
     warm_steps = SCAN_STEPS
 
     def __init__(self, device: torch.device, precision: str = "fp32") -> None:

@@ -37,7 +37,7 @@ def serve(connection: Connection, name: str) -> None:
         try:
             if order == "make":
                 contestant = make(name, torch.device("cpu"), in_pool=False)
-                facts = ("ours", "precision", "most_models", "step_multiple", "warm_steps")
+                facts = ("ours", "precision", "most_models", "warm_steps")
                 answer: Any = {fact: getattr(contestant, fact) for fact in facts}
             else:
                 assert contestant is not None

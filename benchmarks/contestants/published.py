@@ -1,4 +1,4 @@
-"""The published recipe in the manner of its published loop: modules, autograd, torch-optimizer's LAMB, one model at a time.
+"""The published recipe in the manner of its published loop: modules, autograd, torch-optimizer's LAMB, model by model.
 
 Written anew. Kept from the original's manner of working: presence and value are two draws; the hidden layer is
 evaluated a second time for its activation penalty (strength 0 here, as in the main runs); LAMB asks the host whether a

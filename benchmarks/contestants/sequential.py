@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contestants.base import LOG_EVERY, Contestant, stream_seed, synchronize
+from benchmarks.contestants.base import Contestant, stream_seed, synchronize
 from benchmarks.state import State
 from fastmono.spec import ModelSpec
 
@@ -27,7 +27,6 @@ class Sequential(Contestant):
     """
 
     most_models = 12  # twice as many take twice as long
-    step_multiple = LOG_EVERY
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

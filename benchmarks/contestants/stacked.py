@@ -31,7 +31,7 @@ def per_model(values: Tensor, like: Tensor) -> Tensor:
 
 
 def stacked_lamb_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: Tensor) -> None:
-    """One LAMB update of a stacked tensor [A, ...] and its moments, in place, with norms and rates [A] of each model."""
+    """One LAMB update of a stacked tensor [A, ...] and its moments, in place; each model has its own norms and rate."""
     m.mul_(BETA1).add_(g, alpha=1 - BETA1)
     v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
     u = m / v.sqrt().add_(LAMB_EPS)
@@ -66,7 +66,7 @@ class Stacked(Contestant):
         torch.manual_seed(stream_seed(spec.seed, state.step))
         self.prepare()
 
-    def prepare(self) -> None:  # noqa: B027
+    def prepare(self) -> None:
         """Allocate what depends on the shape."""
 
     def sample(self) -> Tensor:

@@ -1,9 +1,9 @@
-"""`torch.func`: `stack_module_state`, `functional_call` and `grad_and_value` under `vmap`, over streams and their models."""
+"""`torch.func`: `stack_module_state`, and `grad_and_value` of a functional call under `vmap`, over streams and models."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
 from benchmarks.contestants.sequential import module
