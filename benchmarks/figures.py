@@ -41,7 +41,13 @@ def bars(ax: Axes, result: CaseResult) -> None:
     for place, row in enumerate(result.rows):
         if not row.timed:
             ax.text(
-                0.02, place, row.status[:44], transform=ax.get_yaxis_transform(), va="center", fontsize=7, color="0.4"
+                0.02,
+                place,
+                row.status.split(":")[0],
+                transform=ax.get_yaxis_transform(),
+                va="center",
+                fontsize=7,
+                color="0.4",
             )
             continue
         times = overall(row)
@@ -50,7 +56,7 @@ def bars(ax: Axes, result: CaseResult) -> None:
         ax.barh(place, middle, xerr=error, color=OKABE_ITO[0 if row.ours else 4], height=0.7, capsize=2)
         ax.text(max(times) * 1.08, place, f"{middle:.3g}", va="center", fontsize=7)
     ax.set_yticks(range(len(result.rows)), [ENTRIES[row.name].title for row in result.rows])
-    ax.invert_yaxis()
+    ax.set_ylim(len(result.rows) - 0.4, -0.6)
     ax.set_xscale("log")
     flops = result.case.grid[0].flops_per_step
     for precision, dash in zip([name for name in result.machine[0] if name != "copy"], DASHES, strict=False):

@@ -37,7 +37,7 @@ MOVED = ("mean bias", "W_in moved", "W_out moved")
 
 
 def student_quantile(tail: float, dof: int) -> float:
-    """The t of Student's distribution with probability `tail` above it: t = sqrt(dof) tan(a), and a has cos(a)^(dof-1)."""
+    """Student's t with probability `tail` above it: t = sqrt(dof) tan(a), and a has cos(a)^(dof-1)."""
     angle = np.linspace(0, math.pi / 2, 400_001)
     # Integrated from the far end, so that a small tail keeps its digits.
     density = np.cos(angle[::-1]) ** (dof - 1)

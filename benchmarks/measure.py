@@ -78,11 +78,6 @@ class Contestants:
             found = self.spare[name] = make(name, self.device)
         return found
 
-    def close(self) -> None:
-        """End their processes."""
-        for contestant in (*self.made.values(), *self.spare.values()):
-            contestant.close()
-
 
 def names_for(suite: Suite, device: torch.device, only: Sequence[str]) -> list[str]:
     """The contestants of a suite on a device, in the order of their turns. `ValueError` for an unknown name."""

@@ -153,22 +153,22 @@ def table(console: Console, title: str, result: CaseResult) -> None:
         for name in result.machine[0]
     )
     shown = Table(title=f"{title}, {result.case.name}   (the machine: {rates})", title_justify="left")
-    for column in ("contestant", "gate"):
-        shown.add_column(column, overflow="ellipsis", no_wrap=True)
-    for column in (*result.steps, "ms a model-step", "low-high", "steps/s", "GFLOP/s", "of product", "ratio"):
+    shown.add_column("contestant", no_wrap=True, min_width=30)
+    shown.add_column("gate", no_wrap=True, max_width=32)
+    for column in (*result.steps, "ms/model-step", "low to high", "steps/s", "GFLOP/s", "of product", "/ ours"):
         shown.add_column(column, justify="right", no_wrap=True)
     for row in result.rows:
-        gate = f"{row.verdict.worst:.2f} of bound" if row.verdict and row.verdict.passed else ""
         if not row.timed:
-            shown.add_row(ENTRIES[row.name].title, row.status if len(row.status) < 60 else row.status[:57] + "...")
+            shown.add_row(ENTRIES[row.name].title, row.status)
             continue
-        times = overall(row)
+        times, worst = overall(row), row.verdict.worst if row.verdict else 0.0
         ms = median(times)
-        name = f"[bold]{ENTRIES[row.name].title}[/bold]" if row is mine else ENTRIES[row.name].title
+        name = ENTRIES[row.name].title
         shown.add_row(
-            name, gate, *(f"{median(values):.3g}" for values in row.ms.values()), f"{ms:.3g}",
-            f"{min(times):.3g}-{max(times):.3g}", f"{1e3 / ms:,.0f}",
+            f"[bold]{name}[/bold]" if row is mine else name, f"{worst:.2f} of its bound",
+            *(f"{median(values):.3g}" for values in row.ms.values()), f"{ms:.3g}",
+            f"{min(times):.3g} to {max(times):.3g}", f"{1e3 / ms:,.0f}",
             f"{result.case.grid[0].flops_per_step / ms / 1e6:,.1f}", f"{median(rate_shares(result, row)):.2f}",
-            f"{against[row.name]:.2f}x" if row.name in against else "",
+            f"{against[row.name]:.2f}" if row.name in against else "",
         )  # fmt: skip
     console.print(shown)

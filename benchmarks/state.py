@@ -111,7 +111,7 @@ class State:
         return State(specs, self.step, *repeated, self.P.repeat(count, 1, 1))
 
     def with_steps(self, steps: int) -> State:
-        """The same state within a run of so many steps, which decides until when the bias decays and where the run ends."""
+        """The same state in a run of so many steps, which decides until when the bias decays and where the run ends."""
         return replace(self, specs=tuple(spec.replace(steps=steps) for spec in self.specs))
 
     def density(self) -> float:

@@ -148,11 +148,11 @@ def suite(name: str, on_gpu: bool, smoke: bool = False) -> Suite:
         return found
     # Two models on four streams, the gate's own stack: torch.compile then compiles one shape for all suites.
     grid = pair(SMOKE, (0.03,))
-    cases = [Case(case.name, grid, 4, case.x) for case in (found.cases[0], found.cases[-1])]
+    cases = [Case("8 models", grid, 4, case.x) for case in (found.cases[0], found.cases[-1])]
     if found.kind == "bars" or found.name == "width":
         cases = cases[:1]
     if found.name == "scale":
-        cases[1] = Case(cases[1].name, grid, 8, cases[1].x)
+        cases = [Case("8 models", grid, 4, 8), Case("16 models", grid, 8, 16)]
     return replace(
         found, cases=tuple(cases), rounds=1, steps=16, least=16, turn_seconds=0.01,
         fractions=(0.0, 0.5) if len(found.fractions) > 1 else found.fractions,

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     command = "python -m benchmarks.throughput " + " ".join(sys.argv[1:] if argv is None else argv)
     device, console = torch.device(arguments.device), Console()
     if not console.is_terminal:
-        console = Console(width=170)  # a log has room for the table, whatever the terminal
+        console = Console(width=180)  # a log has room for the table, whatever the terminal
     if arguments.smoke:
         torch.set_num_threads(1)  # of so little work, several threads only make more
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -69,8 +69,6 @@ def main(argv: list[str] | None = None) -> int:
                 chosen = replace(chosen, rounds=arguments.rounds or chosen.rounds)
                 wanted = names_for(chosen, device, arguments.only)
                 if made is None or made.names != wanted:
-                    if made is not None:
-                        made.close()
                     made = Contestants(wanted, device, status.update)
                 out = arguments.out or RESULTS / slug(device_name(device))
                 out = out / name if arguments.out is None or len(names) > 1 else out
@@ -84,9 +82,6 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    finally:
-        if made is not None:
-            made.close()
     return 1 if failed else 0
 
 

@@ -71,19 +71,19 @@ def _ours(name: str, precision: str) -> Callable[[torch.device], Contestant]:
 
 BOTH, CPU, CUDA = ("cpu", "cuda"), ("cpu",), ("cuda",)
 ENTRIES: dict[str, Entry] = {
-    "published": Entry("published loop, one model after another", _published, BOTH),
-    "published-pool": Entry("the same, a process a core", _published, CPU, True),
-    "cleaned": Entry("the loop cleaned up", _cleaned, BOTH),
-    "cleaned-pool": Entry("the same, a process a core", _cleaned, CPU, True),
-    "bmm": Entry("stacked bmm, eager", _bmm, BOTH),
-    "bmm-pool": Entry("the same, a process a core", _bmm, CPU, True),
-    "compiled": Entry("stacked bmm, torch.compile", _compiled, BOTH),
+    "published": Entry("published loop", _published, BOTH),
+    "published-pool": Entry("published loop, a process a core", _published, CPU, True),
+    "cleaned": Entry("cleaned loop", _cleaned, BOTH),
+    "cleaned-pool": Entry("cleaned loop, a process a core", _cleaned, CPU, True),
+    "bmm": Entry("stacked bmm", _bmm, BOTH),
+    "bmm-pool": Entry("stacked bmm, a process a core", _bmm, CPU, True),
+    "compiled": Entry("stacked bmm, compiled", _compiled, BOTH),
     "vmap": Entry("torch.func vmap", _vmap, BOTH),
     "jax": Entry("JAX jit(scan(vmap))", _jax, BOTH),
-    "reference-fp32": Entry("fastmono reference, a process a core", _ours("reference", "fp32"), CPU, True),
-    "reference-tf32": Entry("the same, tf32 operands", _ours("reference", "tf32"), CPU, True),
-    "reference-bf16": Entry("the same, bf16 operands", _ours("reference", "bf16"), CPU, True),
-    "cpu-fp32": Entry("fastmono cpu, a process a core", _ours("cpu", "fp32"), CPU, True),
+    "reference-fp32": Entry("fastmono reference", _ours("reference", "fp32"), CPU, True),
+    "reference-tf32": Entry("fastmono reference, tf32", _ours("reference", "tf32"), CPU, True),
+    "reference-bf16": Entry("fastmono reference, bf16", _ours("reference", "bf16"), CPU, True),
+    "cpu-fp32": Entry("fastmono cpu", _ours("cpu", "fp32"), CPU, True),
 }
 for _precision in ("tf32", "bf16"):
     for _name, _made in (("bmm", _bmm), ("compiled", _compiled), ("vmap", _vmap), ("jax", _jax)):

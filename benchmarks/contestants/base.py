@@ -53,9 +53,6 @@ class Contestant(ABC):
     def unload(self) -> None:  # noqa: B027 (most have nothing to give back)
         """Give memory back until the next `load`."""
 
-    def close(self) -> None:  # noqa: B027
-        """End for good."""
-
 
 def stream_seed(seed: int, step: int) -> int:
     """Seed of a generator that starts at a step of a stream, below 2**63."""

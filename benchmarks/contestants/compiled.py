@@ -50,7 +50,7 @@ def sampled_step(
     p: list[Tensor], m: list[Tensor], v: list[Tensor], PT: Tensor, rates: Tensor, factors: Tensor, losses: Tensor,
     t: Tensor, batch: int, probability: float, operand: torch.dtype,
 ) -> None:  # fmt: skip
-    """Step t of a call, in place: row t of rates and factors [n, A] holds, row t of losses is filled; t [1] counts up."""
+    """Step t in place: row t of rates and factors [n, A] holds, row t of losses is filled."""
     f = features((PT.shape[0], batch, PT.shape[1]), probability, PT.device)
     loss, found = gradients(f, PT, *p, operand)
     lr, factor = rates.index_select(0, t)[0], factors.index_select(0, t)[0]

@@ -1,10 +1,12 @@
 """A contestant in one single-threaded process a core, each with a share of the models.
 
-The processes start once and wait for orders; a turn is timed from the order to the last answer.
+The processes start once, serve all such contestants, and wait for orders; a turn is timed from the order to the last
+answer.
 """
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 from dataclasses import replace
@@ -23,37 +25,74 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def serve(connection: Connection, name: str) -> None:
-    """A worker: obeys orders for a contestant until it is told to close or its driver is gone."""
+FACTS = ("ours", "precision", "most_models", "warm_steps")
+"""What a pool takes over from the contestants in its processes."""
+
+
+def obey(made: dict[str, Contestant], name: str, order: str, argument: Any) -> Any:
+    """Carry out one order for one contestant of this process."""
     from benchmarks.contestants import make  # the registry imports this module
 
+    if order == "make":
+        made[name] = make(name, torch.device("cpu"), in_pool=False)
+        return {fact: getattr(made[name], fact) for fact in FACTS}
+    if order == "load":
+        return made[name].load(decode(argument))
+    if order == "advance":
+        return made[name].advance(argument).numpy()
+    if order == "read":
+        return encode(made[name].read())
+    return made[name].unload()
+
+
+def serve(connection: Connection) -> None:
+    """A worker: obeys orders, each answered by a result or an exception, until its driver is gone."""
     torch.set_num_threads(1)
-    contestant = None
+    made: dict[str, Contestant] = {}
     while True:
         try:
-            order, argument = connection.recv()
+            order = connection.recv()
         except EOFError:
             return
         try:
-            if order == "make":
-                contestant = make(name, torch.device("cpu"), in_pool=False)
-                facts = ("ours", "precision", "most_models", "warm_steps")
-                answer: Any = {fact: getattr(contestant, fact) for fact in facts}
-            else:
-                assert contestant is not None
-                if order == "load":
-                    answer = contestant.load(decode(argument))
-                elif order == "advance":
-                    answer = contestant.advance(argument).numpy()
-                elif order == "read":
-                    answer = encode(contestant.read())
-                else:
-                    answer = getattr(contestant, order)()
-                    if order == "close":
-                        return
+            answer = obey(made, *order)
+        except Unavailable as error:
+            answer = error
         except Exception as error:
-            answer = error if isinstance(error, Unavailable) else RuntimeError(f"{type(error).__name__}: {error}")
+            answer = RuntimeError(f"{type(error).__name__}: {error}")
         connection.send(answer)
+
+
+class Workers:
+    """One process a core, each waiting for orders; they serve every pool, one order at a time."""
+
+    def __init__(self, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for _ in range(count):
+            here, there = context.Pipe()
+            process = context.Process(target=serve, args=(there,), daemon=True)
+            process.start()
+            there.close()
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def order(self, name: str, order: str, arguments: list[Any]) -> list[Any]:
+        """Give the first of them an order each, and wait for all. Raises what one of them raised."""
+        pipes = self.pipes[: len(arguments)]
+        for pipe, argument in zip(pipes, arguments, strict=True):
+            pipe.send((name, order, argument))
+        answers = [pipe.recv() for pipe in pipes]
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
+
+@functools.cache
+def shared_workers() -> Workers:
+    """The workers of this process. They end with it."""
+    return Workers(cores())
 
 
 PARTS = ("parameters", "first_moment", "second_moment")
@@ -85,38 +124,18 @@ def shares(state: State, workers: int) -> list[list[int]]:
 class Pool(Contestant):
     """The contestant of that name on every core. Raises `Unavailable` as it does."""
 
-    def __init__(self, name: str, workers: int | None = None) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipes, self.processes = [], []
-        for _ in range(workers or cores()):
-            here, there = context.Pipe()
-            process = context.Process(target=serve, args=(there, name), daemon=True)
-            process.start()
-            there.close()
-            self.pipes.append(here)
-            self.processes.append(process)
+    def __init__(self, name: str) -> None:
+        self.name, self.workers = name, shared_workers()
         self.models: list[list[int]] = []
         self.state: State | None = None
-        try:
-            facts = self._order("make", [None] * len(self.pipes))
-        except BaseException:
-            self.close()
-            raise
-        for fact, value in facts[0].items():
+        for fact, value in self._order("make", [None] * cores())[0].items():
             setattr(self, fact, value)
 
     def _order(self, order: str, arguments: list[Any]) -> list[Any]:
-        pipes = self.pipes[: len(arguments)]
-        for pipe, argument in zip(pipes, arguments, strict=True):
-            pipe.send((order, argument))
-        answers = [pipe.recv() for pipe in pipes]
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return answers
+        return self.workers.order(self.name, order, arguments)
 
     def load(self, state: State) -> None:
-        self.state, self.models = state, shares(state, len(self.pipes))
+        self.state, self.models = state, shares(state, cores())
         self._order("load", [encode(state.select(models)) for models in self.models])
 
     def advance(self, n_steps: int) -> Tensor:
@@ -137,15 +156,4 @@ class Pool(Contestant):
         return replace(self.state, step=states[0].step, **parts)
 
     def unload(self) -> None:
-        self._order("unload", [None] * len(self.pipes))
-
-    def close(self) -> None:
-        for pipe in self.pipes:
-            try:
-                pipe.send(("close", None))
-            except OSError:
-                continue
-        for process in self.processes:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
+        self._order("unload", [None] * len(self.models))

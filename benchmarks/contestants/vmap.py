@@ -1,4 +1,4 @@
-"""`torch.func`: `stack_module_state`, and `grad_and_value` of a functional call under `vmap`, over streams and models."""
+"""`torch.func`: `stack_module_state`, and `grad_and_value` of a functional call under `vmap`."""
 
 from __future__ import annotations
 
