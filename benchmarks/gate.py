@@ -9,8 +9,12 @@ For each model these are two samples of R independent runs of the same length. C
 Were both the same recipe, each difference of means over s sqrt(2 / R), with s the pooled standard deviation over
 streams, would follow Student's t distribution with 2 R - 2 degrees of freedom (each is a mean over many samples, so
 close to normal). The bound is the quantile at which a contestant that is right fails at any of its K comparisons, over
-both starting states, once in 1 / ALPHA times at most (Bonferroni). A contestant of another precision, or another order
-of summation, is also systematically off by rounding: ROUNDING of the value is allowed for that, and no more.
+both starting states, once in 1 / ALPHA times at most (Bonferroni). With R = 16 that is about two standard deviations
+of a single run. A contestant of another precision, or another order of summation, is also systematically off by
+rounding: ROUNDING of the value is allowed for that, and no more.
+
+What it cannot see is what the loss and the weights do not show within a run's noise (moments dropped at the start, say:
+LAMB divides their scale out). That each step's arithmetic is the reference's is tested on common batches, in float32.
 """
 
 from __future__ import annotations

@@ -72,8 +72,8 @@ class Suite:
     steps: int = 512
     least: int = 64
     turn_seconds: float = 1.5
-    gate_streams: int = 6
-    gate_models: int = 4
+    gate_streams: int = 16
+    gate_models: int = 2
     gate_steps: int = 64
     left_out: tuple[str, ...] = ()
     kind: str = "bars"
@@ -105,10 +105,10 @@ def demo(on_gpu: bool) -> Suite:
 def published(on_gpu: bool) -> Suite:
     case = Case("12 models", tuple(preset("published")))
     if on_gpu:
-        return Suite("published", (case,), gate_models=2, gate_streams=4)
+        return Suite("published", (case,), gate_streams=6)
     # A step of the grid is 336 GFLOP: seconds on a CPU.
     return Suite(
-        "published", (case,), fractions=(0.0,), rounds=3, steps=4, least=4, gate_models=2, gate_streams=4,
+        "published", (case,), fractions=(0.0,), rounds=3, steps=4, least=4, gate_streams=4,
         gate_steps=16,
         left_out=("vmap", "reference-fp32", "reference-tf32", "reference-bf16"),
     )  # fmt: skip
@@ -131,7 +131,7 @@ def width(on_gpu: bool) -> Suite:
         for k in (128, 256, 512, 1024, 2048, 4096)
     )  # fmt: skip
     return Suite(
-        "width", cases, rounds=3, steps=512 if on_gpu else 128, kind="time", gate_models=2, gate_streams=4,
+        "width", cases, rounds=3, steps=512 if on_gpu else 128, kind="time", gate_streams=8,
         left_out=(*SEQUENTIAL, "vmap", "reference-fp32", "reference-tf32", "reference-bf16"), x_label="neurons k",
     )  # fmt: skip
 
