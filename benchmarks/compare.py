@@ -3,7 +3,7 @@
 Each is checked out in a git worktree of its own, and runs our best engine for the device (cpu in a process a core, or
 triton in bf16) from the same state, in turns (A B B A A B ...): a clock that drifts, or a neighbour that comes and
 goes, hits both. Printed: the median over pairs of the time of B over that of A, below 1 where B is faster, with its
-quartiles, and the verdict that this spread allows. What is measured is the library of each commit, by the benchmark
+95 % interval, and the verdict that this allows. What is measured is the library of each commit, by the benchmark
 of the working tree.
 """
 
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
@@ -87,6 +88,8 @@ class Side:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+            if self.process.stdout is not None:
+                self.process.stdout.close()
         remove = ["git", "worktree", "remove", "--force", str(self.folder)]
         subprocess.run(remove, cwd=ROOT, check=False, capture_output=True)
 
@@ -124,14 +127,28 @@ def pairs(a: Side, b: Side, count: int) -> list[tuple[float, float]]:
     return found
 
 
+def rank_of_interval(count: int) -> int | None:
+    """k such that the k-th lowest and k-th highest of `count` values enclose their median in 95 % of cases, or None.
+
+    However they are distributed: k values or fewer on one side are as likely as k heads or fewer of `count` coins.
+    """
+    below, k = 0.0, 0
+    while (below := below + math.comb(count, k) / 2**count) <= 0.025:
+        k += 1
+    return k or None
+
+
 def summary(found: list[tuple[float, float]]) -> dict[str, Any]:
-    """Median and quartiles of the paired ratios B / A, and what they say: nothing where they enclose 1."""
-    ratios = sorted(b / a for a, b in found)
-    low, middle, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    said = "no difference beyond the spread" if low <= 1 <= high else "B is faster" if middle < 1 else "B is slower"
+    """Median of the paired ratios B / A with its 95 % interval, and what it says: nothing where it encloses 1."""
+    ratios, k = sorted(b / a for a, b in found), rank_of_interval(len(found))
+    if k is None:
+        low, high, said = ratios[0], ratios[-1], "too few pairs to tell"
+    else:
+        low, high = ratios[k - 1], ratios[-k]
+        said = "no difference beyond the spread" if low <= 1 <= high else "B is faster" if high < 1 else "B is slower"
     return {
         "ms_a": median(a for a, _ in found), "ms_b": median(b for _, b in found),
-        "b_over_a": middle, "quartiles": [low, high], "pairs": len(found), "verdict": said,
+        "b_over_a": median(ratios), "interval": [low, high], "pairs": len(found), "verdict": said,
     }  # fmt: skip
 
 
@@ -162,9 +179,9 @@ def main(argv: list[str] | None = None) -> int:
                 side.close()
     result |= {"a": names[0], "b": names[1], "suite": arguments.suite, "seconds": round(time.time() - started, 1),
                "device": device_name(torch.device(arguments.device)), "torch": torch.__version__}  # fmt: skip
-    low, high = result["quartiles"]
+    low, high = result["interval"]
     print(f"A {names[0][:12]}  {result['ms_a']:.4g} ms a model-step\nB {names[1][:12]}  {result['ms_b']:.4g}")
-    print(f"B over A: {result['b_over_a']:.3f}, quartiles {low:.3f} to {high:.3f} of {arguments.pairs} pairs")
+    print(f"B over A: {result['b_over_a']:.3f}, {low:.3f} to {high:.3f} (95 %) of {arguments.pairs} pairs")
     print(f"{result['verdict']}  ({arguments.suite}, {result['device']}, torch {torch.__version__})")
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")

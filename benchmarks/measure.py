@@ -71,11 +71,11 @@ class Contestants:
         self.names = list(names)
         self.spare: dict[str, Contestant] = {}
 
-    def helper(self, name: str) -> Contestant:
+    def helper(self, name: str, device: torch.device) -> Contestant:
         """A contestant that does a job of the benchmark itself: the one being measured, or one of its own."""
         found = self.made.get(name) or self.spare.get(name)
         if found is None:
-            found = self.spare[name] = make(name, self.device)
+            found = self.spare[name] = make(name, device)
         return found
 
 
@@ -140,29 +140,23 @@ class Measurement:
 
     def _states(self, grid: tuple[ModelSpec, ...]) -> tuple[dict[float, State], float]:
         if grid not in self.states:
-            trainer = self.contestants.helper("triton-bf16" if self.device.type == "cuda" else "cpu-fp32")
-            # Gates start at the beginning and, where the run goes on, at a quarter of it.
+            trainer = self.contestants.helper("triton-bf16" if self.device.type == "cuda" else "cpu-fp32", self.device)
             self.states[grid] = prepare_states(grid, self.suite.fractions, trainer, self.report)
         return self.states[grid]
 
-    def _verdicts(self, case: Case, states: dict[float, State]) -> dict[str, Verdict | str]:
+    def _verdicts(self, case: Case) -> dict[str, Verdict | str]:
         """The gate of each contestant, or how it failed before, once for each shape."""
-        shape = case.grid[0].replace(lr=1, init_bias=0, bias_decay=0, seed=0)
+        shape = shape_of(case.grid)
         if shape not in self.verdicts:
-            known: dict[str, Verdict | str] = {}
-            count = min(self.suite.gate_models, len(case.grid))
-            # The highest rates move most: the last of each bias.
-            half = len(case.grid) // 2
-            chosen = [half - 1, len(case.grid) - 1] if count == 2 and half else list(range(len(case.grid)))[-count:]
-            if count > 2 and half >= count // 2:
-                chosen = [*range(half - count // 2, half), *range(len(case.grid) - count // 2, len(case.grid))]
-            starts = [states[f].select(chosen) for f in sorted(states)[:2]]
-            reference = (
-                self.contestants.helper("reference-fp32")
-                if self.device.type == "cpu"
-                else make_reference(self.contestants)
-            )
+            # The case with most models a seed has the most telling ones.
+            alike = [other.grid for other in self.suite.cases if shape_of(other.grid) == shape]
+            grid = max(alike, key=len)
+            states, _ = self._states(grid)
+            # From the beginning and, where there are later states, from the first of those: its moments are not zero.
+            starts = [states[f].select(most_telling(grid, self.suite.gate_models)) for f in sorted(states)[:2]]
+            reference = self.contestants.helper("reference-fp32", torch.device("cpu"))
             gate = Gate(starts, reference, self.suite.gate_streams, self.suite.gate_steps)
+            known: dict[str, Verdict | str] = {}
             for name, contestant in self.contestants.made.items():
                 self.report(f"gate of {name}")
                 try:
@@ -175,7 +169,7 @@ class Measurement:
     def run(self, case: Case) -> CaseResult:
         """Gates, then rounds."""
         states, loss = self._states(case.grid)
-        verdicts = self._verdicts(case, states)
+        verdicts = self._verdicts(case)
         stacks = {f: s if case.streams == 1 else s.on_streams(range(case.streams)) for f, s in states.items()}
         rows = []
         for name in self.contestants.names:
@@ -222,11 +216,17 @@ class Measurement:
         row.ms.setdefault(name, []).append(1e3 * took / row.steps / row.models)
 
 
-def make_reference(contestants: Contestants) -> Contestant:
-    """The reference on the host's cores, for a gate on a GPU."""
-    if "reference-fp32" not in contestants.spare:
-        contestants.spare["reference-fp32"] = make("reference-fp32", torch.device("cpu"))
-    return contestants.spare["reference-fp32"]
+def shape_of(grid: tuple[ModelSpec, ...]) -> ModelSpec:
+    """What the models of a grid share."""
+    return grid[0].replace(lr=1, init_bias=0, bias_decay=0, seed=0)
+
+
+def most_telling(grid: tuple[ModelSpec, ...], count: int) -> list[int]:
+    """Indices of `count` models: the highest rates, which move most, of each initial bias in turn."""
+    by_rate = sorted(range(len(grid)), key=lambda i: -grid[i].lr)
+    of_bias = {bias: [i for i in by_rate if grid[i].init_bias == bias] for bias in {s.init_bias for s in grid}}
+    in_turn = [i for rank in range(len(grid)) for indices in of_bias.values() for i in indices[rank : rank + 1]]
+    return sorted(in_turn[:count])
 
 
 def describe(error: BaseException) -> str:

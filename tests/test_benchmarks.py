@@ -15,7 +15,7 @@ from benchmarks.contestants.ours import Ours
 from benchmarks.contestants.pool import decode, encode, shares
 from benchmarks.gate import Gate, student_quantile
 from benchmarks.machine import slug
-from benchmarks.measure import CaseResult, Row, names_for, prepare_states, steps_of_turn
+from benchmarks.measure import CaseResult, Row, most_telling, names_for, prepare_states, steps_of_turn
 from benchmarks.report import case_as_json, overall, rate_shares, ratios, rounded
 from benchmarks.state import State
 from benchmarks.suites import SMOKE, SUITES, Case, pair, suite
@@ -327,9 +327,29 @@ def test_comparison_alternates_and_takes_ratios_of_pairs():
     calls = []
     found = compare.pairs(Side("a", [1, 2, 4, 8], calls), Side("b", [2, 4, 8, 16], calls), 4)
     assert "".join(calls) == "abbaabba" and found == [(1, 2), (2, 4), (4, 8), (8, 16)]
-    result = compare.summary(found)
+    result = compare.summary(found * 2)
     assert result["b_over_a"] == 2 and result["verdict"] == "B is slower"
-    assert compare.summary([(1, 1.1), (1, 0.9), (1, 1.2), (1, 0.8)])["verdict"].startswith("no difference")
+    assert compare.summary(found)["verdict"].startswith("too few")
+    mixed = [(1, 1.1), (1, 0.9), (1, 1.2), (1, 0.8)] * 2
+    assert compare.summary(mixed)["verdict"].startswith("no difference")
+    assert compare.summary([(b, a) for a, b in found * 2])["verdict"] == "B is faster"
+
+
+@pytest.mark.parametrize("count", [3, 5, 6, 8, 15, 40])
+def test_interval_of_the_median_is_that_of_the_binomial_distribution(count):
+    stats = pytest.importorskip("scipy.stats")
+    k = compare.rank_of_interval(count)
+    # The median lies outside when fewer than k values lie on one side of it.
+    if k is not None:
+        assert 2 * stats.binom.cdf(k - 1, count, 0.5) <= 0.05 < 2 * stats.binom.cdf(k, count, 0.5)
+    else:
+        assert 2 * stats.binom.cdf(0, count, 0.5) > 0.05
+
+
+def test_gate_takes_the_highest_rate_of_each_bias():
+    grid = suite("demo", False).cases[0].grid
+    assert [(grid[i].lr, grid[i].init_bias) for i in most_telling(grid, 2)] == [(0.03, 0.0), (0.03, -1.0)]
+    assert most_telling(grid[:1], 2) == [0]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contestants.base import Contestant, stream_seed, synchronize
+from benchmarks.contestants.stacked import set_precision
 from benchmarks.state import State
 from fastmono.spec import ModelSpec
 
@@ -48,6 +49,7 @@ class Sequential(Contestant):
         """The moments of the model's parameters, in their order."""
 
     def load(self, state: State) -> None:
+        set_precision(self.precision)
         self.state, self.step, self.models = state, state.step, []
         projections = [P.to(self.device) for P in state.P]
         names = ("W_in", "b", "W_outT")
@@ -69,6 +71,7 @@ class Sequential(Contestant):
             self.models.append((spec, model, projections[i // state.group], optimizer))
 
     def advance(self, n_steps: int) -> Tensor:
+        set_precision(self.precision)
         losses = []
         for spec, model, P, optimizer in self.models:
             torch.manual_seed(stream_seed(spec.seed, self.step))
