@@ -20,14 +20,15 @@ def draw(path: Path, suite: Suite, results: Sequence[CaseResult], caption: str) 
     """Write the figure as PNG; `caption` says device, versions and command."""
     columns = len(results) if suite.kind == "bars" else 1
     rows = max(len(result.rows) for result in results)
-    size = (4.5 + 3 * columns, 1.6 + 0.27 * rows) if suite.kind == "bars" else (7.5, 5.0)
+    size = (4.5 + 3 * columns, 1.6 + 0.27 * rows) if suite.kind == "bars" else (8.5, 5.0)
     figure, axes = new_figure(*size, 1, columns, sharey=suite.kind == "bars")
     if suite.kind == "bars":
         for ax, result in zip(axes[0], results, strict=True):
             bars(ax, result)
     else:
         lines(axes[0, 0], suite, results)
-        figure.legend(loc="outside right upper")
+        # Outside of the axes, yet below the title.
+        axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8)
     spec = results[0].case.grid[0]
     shape = f"N {spec.n_features}, m {spec.d_embed}, B {spec.batch_size}"
     shape += "" if suite.name == "width" else f", k {spec.n_neurons}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,15 +65,22 @@ def main(argv: list[str] | None = None) -> int:
     failed = False
     try:
         with console.status("") as status:
+            started = time.perf_counter()
+
+            def tell(text: str) -> None:
+                status.update(text)
+                if not (console.is_terminal or arguments.smoke):  # a log of a long run says where it is
+                    print(f"{time.perf_counter() - started:7.0f} s  {text}", file=sys.stderr, flush=True)
+
             for name in names:
                 chosen = suite(name, device.type == "cuda", arguments.smoke)
                 chosen = replace(chosen, rounds=arguments.rounds or chosen.rounds)
                 wanted = names_for(chosen, device, arguments.only)
                 if made is None or made.names != wanted:
-                    made = Contestants(wanted, device, status.update)
+                    made = Contestants(wanted, device, tell)
                 out = arguments.out or RESULTS / slug(device_name(device))
                 out = out / name if arguments.out is None or len(names) > 1 else out
-                measurement, results = Measurement(chosen, device, made, arguments.smoke, status.update), []
+                measurement, results = Measurement(chosen, device, made, arguments.smoke, tell), []
                 for case in chosen.cases:
                     results.append(measurement.run(case))
                     report.table(console, f"{name} on {device_name(device)}", results[-1])
