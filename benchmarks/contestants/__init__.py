@@ -84,6 +84,7 @@ ENTRIES: dict[str, Entry] = {
     "reference-tf32": Entry("fastmono reference, tf32", _ours("reference", "tf32"), CPU, True),
     "reference-bf16": Entry("fastmono reference, bf16", _ours("reference", "bf16"), CPU, True),
     "cpu-fp32": Entry("fastmono cpu", _ours("cpu", "fp32"), CPU, True),
+    "cpu-dense": Entry("fastmono cpu, zeros not skipped", _ours("cpu-dense", "fp32"), CPU, True),
 }
 for _precision in ("tf32", "bf16"):
     for _name, _made in (("bmm", _bmm), ("compiled", _compiled), ("vmap", _vmap), ("jax", _jax)):

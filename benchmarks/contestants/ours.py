@@ -8,7 +8,14 @@ from torch import Tensor
 from benchmarks.contestants.base import Contestant, Unavailable
 from benchmarks.state import State
 from fastmono.block import Block
-from fastmono.engines import engine_class
+from fastmono.engines import Engine, engine_class
+
+
+def dense_cpu_engine() -> Engine:
+    """The CPU engine without what it gains by skipping zeros."""
+    from fastmono.engines.cpu import CpuEngine
+
+    return CpuEngine(skips_zeros=False)
 
 
 class Ours(Contestant):
@@ -19,7 +26,7 @@ class Ours(Contestant):
     def __init__(self, name: str, precision: str, device: torch.device) -> None:
         self.precision = precision
         try:
-            self.engine = engine_class(name)(precision)
+            self.engine = dense_cpu_engine() if name == "cpu-dense" else engine_class(name)(precision)
         except ValueError as error:
             raise Unavailable(str(error)) from None
         self.block: Block | None = None

@@ -93,7 +93,8 @@ def transposed(P: Tensor) -> Tensor:
 class Workspace:
     """What one model-step needs besides the model and its batch, reused by every model of one shape."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, skips_zeros: bool = True) -> None:
+        self.sparse = skips_zeros and spec.activation == "relu"
         N, k, B = spec.n_features, spec.n_neurons, spec.batch_size
         M, K, O = padded(spec.d_embed), padded(k), padded(spec.d_output)  # noqa: E741
         steps = steps_at_once(spec)
@@ -102,8 +103,8 @@ class Workspace:
         self.corrections = torch.empty(steps, 2)
         blocks = -(-K // kernels.BLOCK)
         pairs = kernels.TILE * K + REGISTER
-        through = spec.activation == "relu" and through_features(spec)
-        if spec.activation == "relu":
+        through = self.sparse and through_features(spec)
+        if self.sparse:
             sizes = {
                 "G_T": N * K if through else 0, "W_T": M * K, "Z": kernels.TILE * odd_lines(k),
                 "DZ": kernels.TILE * odd_lines(k), "X": kernels.TILE * M, "E": kernels.TILE * odd_lines(O), "H": pairs,
@@ -180,14 +181,15 @@ class CpuEngine:
 
     Args:
         precision: fp32, the only one: rounding operands costs time on a CPU and saves none.
+        skips_zeros: False trains relu with dense products as well, for comparison.
     """
 
     name = "cpu"
 
-    def __init__(self, precision: str = "fp32") -> None:
+    def __init__(self, precision: str = "fp32", skips_zeros: bool = True) -> None:
         if precision != "fp32":
             raise ValueError(f"precision={precision!r}: the cpu engine computes in fp32; the reference engine in any")
-        self.precision = precision
+        self.precision, self.skips_zeros = precision, skips_zeros
         self._block: Block | None = None
         self._streams: dict[object, Stream] = {}
         self._workspaces: dict[object, Workspace] = {}
@@ -219,7 +221,7 @@ class CpuEngine:
         if stream not in self._streams:
             self._streams[stream] = Stream(model)
         if shape not in self._workspaces:
-            self._workspaces[shape] = Workspace(model.spec)
+            self._workspaces[shape] = Workspace(model.spec, self.skips_zeros)
         return self._streams[stream], self._workspaces[shape]
 
     def fetch(self, block: Block) -> None:
@@ -248,7 +250,7 @@ def train(model: Model, stream: Stream, work: Workspace, first: int, n: int) -> 
     problem = work.problem(model, stream)
     rates, corrections, factors = (t.data_ptr() for t in (work.rates, work.corrections, work.factors))
     unit, half_l1 = np.float32(2 / spec.batch_size), np.float32(spec.l1 / 2)
-    if spec.activation == "relu":
+    if work.sparse:
         well = kernels.train(
             problem, n, unit, half_l1, rates, corrections, factors, work.losses.data_ptr()
         )  # fmt: skip
