@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .philox import features
 from .products import operand, product
+from .tables import row_start
 
 
 @triton.jit
@@ -28,7 +29,7 @@ def project_tile(
     for n0 in range(0, N, BN):
         i_n = n0 + tl.arange(0, BN)
         f = operand(features(seed, step, row0, n0, p_last, p_scale, N, TASK == "abs", BR, BN), PRECISION)
-        o_P = i_n[:, None] * M + i_m[None, :]
+        o_P = row_start(n0, M) + tl.arange(0, BN)[:, None] * M + i_m[None, :]
         m_P = (i_n < N)[:, None]
         x = product(f, tl.load(p_P + o_P, mask=m_P, other=0.0), x, PRECISION)  # [BR, BN] @ [BN, M] -> [BR, M]
         if TASK == "reprojector":
@@ -40,13 +41,13 @@ def project_tile(
         tl.store(p_tau + o_x, tau, mask=m_x)
 
 
-@triton.jit(do_not_specialize=["N", "B"])
+@triton.jit(do_not_specialize=["N", "B", "first"])
 def project_kernel(
-    p_step, p_seeds, p_last, p_scale, p_P, p_P2, p_x, p_tau, N, B,
+    p_step, p_seeds, p_last, p_scale, p_P, p_P2, p_x, p_tau, N, B, first,
     TASK: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles, streams): each stream's batch is drawn once, for all models that share it."""
-    stream = tl.program_id(1).to(tl.int64)
+    stream = (first + tl.program_id(1)).to(tl.int64)
     project_tile(
         tl.load(p_seeds + stream), tl.load(p_step), tl.program_id(0) * BR,
         p_last + stream * N, p_scale + stream * N, p_P + stream * N * M, p_P2 + stream * N * M,

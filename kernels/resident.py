@@ -13,7 +13,7 @@ import triton.language as tl
 from .backward import backward_tile
 from .forward import forward_tile
 from .project import project_tile
-from .tables import BIAS_FACTOR, HALF_L1, N_FACTORS, N_FIELDS, ROW, STEPS, STREAM, K, is_active
+from .tables import BIAS_FACTOR, HALF_L1, N_FACTORS, N_FIELDS, ROW, STEPS, STREAM, K, is_active, whole_rows
 from .update import N_NORMS, apply_tile, finish_model, moments_tile
 
 
@@ -55,7 +55,7 @@ def backward_phase(
         for tile in range(tl.cdiv(o, BO)):
             backward_tile(
                 0, B, k0, tile * BO, half_l1, p_x, p_W_in, p_b, p_W_out, p_e, p_dW_in + tile * rows * M,
-                p_db + tile * rows, p_dW_out, k, o, B, LO, ACTIVATION, PRECISION, M, BB, BK, BO,
+                p_db + tile * rows, p_dW_out, k, B, LO, ACTIVATION, PRECISION, M, BB, BK, BO,
             )  # fmt: skip
 
 
@@ -88,22 +88,12 @@ def apply_phase(
         tl.store(p_bad + k0 // BA, bad)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n_steps",
-        "rate_stride",
-        "in_parts",
-        "rows",
-        "loss_parts",
-        "loss_stride",
-        "chunks",
-        "o",
-        "N",
-        "B",
-        "LO",
-        "first",
-    ]
-)
+NUMBERS = [
+    "n_steps", "rate_stride", "in_parts", "rows", "loss_parts", "loss_stride", "chunks", "o", "N", "B", "LO", "first",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=NUMBERS)
 def resident_kernel(
     p_models, p_factors, p_diverged, p_step, p_seeds, p_last, p_scale, p_P, p_P2, p_rates, p_corrections,
     p_x, p_tau, p_e, p_loss, p_bad, p_norms, p_losses, p_dW_in, p_db, p_dW_out,
@@ -115,6 +105,7 @@ def resident_kernel(
 ):  # fmt: skip
     """Grid (models). Scratch for each model: x, tau [B, M], e [B, LO], loss [loss_parts], bad [chunks], norms, and the
     gradients' parts: dW_in [in_parts, rows, M], db [in_parts, rows], dW_out [rows, LO]."""
+    LO = whole_rows(LO)
     model = (first + tl.program_id(0)).to(tl.int64)
     k = tl.load(p_models + model * N_FIELDS + K).to(tl.int32)
     row = tl.load(p_models + model * N_FIELDS + ROW)

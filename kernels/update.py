@@ -9,13 +9,14 @@
 Two passes, since LAMB needs the norms of whole tensors: `moments` over all neurons, then `apply`.
 
 BA neurons a chunk   M tile of the embedding dimension   BO outputs a piece   LO length of a row of W_out^T
+Padding has gradient 0 and stays 0: updated like the rest, so that rows are read and written 16 bytes at a time.
 """
 
 import triton
 import triton.language as tl
 
 from .products import operand
-from .tables import BIAS_FACTOR, N_FACTORS, N_FIELDS, ROW, STEPS, K, is_active
+from .tables import BIAS_FACTOR, N_FACTORS, N_FIELDS, ROW, STEPS, K, is_active, row_start, whole_rows
 
 BETA1, BETA2 = tl.constexpr(0.9), tl.constexpr(0.999)
 REST1, REST2 = tl.constexpr(1 - 0.9), tl.constexpr(1 - 0.999)
@@ -62,7 +63,7 @@ def moments_tile(
     """The moments of the neurons k0 to k0 + BA of one model, and their part of the norms, float32 [N_NORMS]."""
     i_k, i_m = k0 + tl.arange(0, BA), tl.arange(0, M)
     m_k = i_k < k
-    o_in = i_k[:, None] * M + i_m[None, :]
+    o_in = row_start(k0, M) + tl.arange(0, BA)[:, None] * M + i_m[None, :]
     m_in = m_k[:, None] & (i_m < M)[None, :]
     p2, u2 = moments_piece(p_dW_in, in_parts, rows * M, p_W_in, p_m_in, p_v_in, o_in, m_in, unit)
     tl.store(p_norms + 0, p2)
@@ -73,8 +74,8 @@ def moments_tile(
     p2_out, u2_out = 0.0, 0.0
     for c0 in range(0, o, BO):
         i_o = c0 + tl.arange(0, BO)
-        o_out = i_k[:, None] * LO + i_o[None, :]
-        m_out = m_k[:, None] & (i_o < o)[None, :]
+        o_out = row_start(k0, LO) + tl.arange(0, BA)[:, None] * LO + i_o[None, :]
+        m_out = m_k[:, None] & (i_o < LO)[None, :]
         p2, u2 = moments_piece(p_dW_out, out_parts, rows * LO, p_W_out, p_m_out, p_v_out, o_out, m_out, unit)
         p2_out += p2
         u2_out += u2
@@ -130,12 +131,10 @@ def apply_tile(
     chunks = tl.cdiv(k, BA)
     r_in, r_b, r_out = 1.0, 1.0, 1.0
     if OPTIMIZER == "lamb":
-        r_in, r_b, r_out = (
-            trust_ratio(p_norms, chunks, 0),
-            trust_ratio(p_norms, chunks, 1),
-            trust_ratio(p_norms, chunks, 2),
-        )
-    o_in = i_k[:, None] * M + i_m[None, :]
+        r_in = trust_ratio(p_norms, chunks, 0)
+        r_b = trust_ratio(p_norms, chunks, 1)
+        r_out = trust_ratio(p_norms, chunks, 2)
+    o_in = row_start(k0, M) + tl.arange(0, BA)[:, None] * M + i_m[None, :]
     m_in = m_k[:, None] & (i_m < M)[None, :]
     bad = apply_piece(
         p_dW_in, in_parts, rows * M, p_W_in, p_q_in, p_m_in, p_v_in, o_in, m_in, unit, lr, r_in, c1, c2, 1.0,
@@ -146,8 +145,8 @@ def apply_tile(
     )
     for c0 in range(0, o, BO):
         i_o = c0 + tl.arange(0, BO)
-        o_out = i_k[:, None] * LO + i_o[None, :]
-        m_out = m_k[:, None] & (i_o < o)[None, :]
+        o_out = row_start(k0, LO) + tl.arange(0, BA)[:, None] * LO + i_o[None, :]
+        m_out = m_k[:, None] & (i_o < LO)[None, :]
         bad += apply_piece(
             p_dW_out, out_parts, rows * LO, p_W_out, p_q_out, p_m_out, p_v_out, o_out, m_out,
             unit, lr, r_out, c1, c2, 1.0, OPTIMIZER, PRECISION,
@@ -177,6 +176,7 @@ def moments_kernel(
     M: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, models). p_norms: float32 [A, chunks, N_NORMS]; the rest as in `moments_tile`, for all models."""
+    LO = whole_rows(LO)
     model = (first + tl.program_id(1)).to(tl.int64)
     k0, k = tl.program_id(0) * BA, tl.load(p_models + model * N_FIELDS + K).to(tl.int32)
     if is_active(p_models, p_diverged, model, tl.load(p_step)) & (k0 < k):
@@ -198,6 +198,7 @@ def apply_kernel(
     OPTIMIZER: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, models). p_rates: float32 [A, n_steps]; p_corrections: [n_steps, 2]; p_bad: int32 [A, chunks]."""
+    LO = whole_rows(LO)
     model = (first + tl.program_id(1)).to(tl.int64)
     step, t = tl.load(p_step), tl.load(p_step) - tl.load(p_step + 1)
     k0, k = tl.program_id(0) * BA, tl.load(p_models + model * N_FIELDS + K).to(tl.int32)
@@ -219,20 +220,9 @@ def apply_kernel(
 
 @triton.jit(do_not_specialize=["n_steps", "loss_parts", "loss_stride", "chunks", "B", "first"])
 def finish_kernel(
-    p_models,
-    p_diverged,
-    p_step,
-    p_loss,
-    p_bad,
-    p_losses,
-    n_steps,
-    loss_parts,
-    loss_stride,
-    chunks,
-    B,
-    first,
+    p_models, p_diverged, p_step, p_loss, p_bad, p_losses, n_steps, loss_parts, loss_stride, chunks, B, first,
     BA: tl.constexpr,
-):
+):  # fmt: skip
     """Grid (models). Writes losses [A, n_steps] at this step, and the diverged step."""
     model = (first + tl.program_id(0)).to(tl.int64)
     step, t = tl.load(p_step), tl.load(p_step) - tl.load(p_step + 1)

@@ -1,8 +1,11 @@
-"""A kernel that writes out the features that the real ones only pass on."""
+"""Kernels for the tests alone: one writes out the features that the real ones pass on, one works far from row 0."""
 
 import triton
 import triton.language as tl
+from fastmono.kernels.backward import backward_tile
 from fastmono.kernels.philox import features
+from fastmono.kernels.tables import row_start, whole_rows
+from fastmono.kernels.update import apply_tile, moments_tile
 
 
 @triton.jit
@@ -14,3 +17,25 @@ def features_kernel(
     f = features(tl.load(p_seed), tl.load(p_step), row0, column0, p_last, p_scale, N, SIGNED, BR, BN)
     i_n = column0 + tl.arange(0, BN)
     tl.store(p_out + (row0 + tl.arange(0, BR))[:, None] * N + i_n[None, :], f, mask=(i_n < N)[None, :])
+
+
+@triton.jit
+def far_rows_kernel(p_x, p_e, p_W_in, p_b, p_W_out, p_dW_in, p_db, p_dW_out, p_m, p_norms, p_bad, k0, B, LO):
+    """Gradients, moments and SGD's update of 16 neurons, the last of k0 + 16. All arrays hold just their rows."""
+    LO, i = whole_rows(LO), tl.cast(k0, tl.int64)
+    p_W_in, p_b, p_W_out = p_W_in - row_start(k0, 16), p_b - i, p_W_out - row_start(k0, LO)
+    p_dW_in, p_db, p_dW_out = p_dW_in - row_start(k0, 16), p_db - i, p_dW_out - row_start(k0, LO)
+    p_m_in, p_m_b, p_m_out = p_m - row_start(k0, 16), p_m + 256 - i, p_m + 272 - row_start(k0, LO)
+    backward_tile(
+        0, B, k0, 0, 0.0, p_x, p_W_in, p_b, p_W_out, p_e, p_dW_in, p_db, p_dW_out, k0 + 16, B, LO,
+        "relu", "fp32", 16, 16, 16, 16,
+    )  # fmt: skip
+    moments_tile(
+        k0, k0 + 16, 0.5, p_dW_in, p_db, p_dW_out, 1, 1, 16, p_W_in, p_b, p_W_out, p_m_in, p_m_b, p_m_out,
+        p_m_in, p_m_b, p_m_out, p_norms, 16, LO, 16, 16, 16,
+    )  # fmt: skip
+    bad = apply_tile(
+        k0, k0 + 16, 0.5, 0.1, 1.0, 1.0, 1.0, p_dW_in, p_db, p_dW_out, 1, 1, 16, p_W_in, p_b, p_W_out, p_W_in, p_W_out,
+        p_m_in, p_m_b, p_m_out, p_m_in, p_m_b, p_m_out, p_norms, 16, LO, "sgd", "fp32", 16, 16, 16,
+    )  # fmt: skip
+    tl.store(p_bad, bad)

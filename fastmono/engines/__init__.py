@@ -90,5 +90,7 @@ def resolve(engine: str, precision: str) -> tuple[str, str, str]:
         engine = "cpu" if precision == "fp32" else "reference"
         if engine == "reference":
             reason = f"{precision} without a GPU is emulated by the reference engine"
-    engine_class(engine)(precision)
+    made = engine_class(engine)(precision)
+    if note := getattr(made, "note", ""):
+        reason = f"{reason}; {note}"
     return engine, precision, reason

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from fastmono.block import PRECISIONS, Block, EngineError, Model, views
-from fastmono.engines.launch import Launch, choose_launch
+from fastmono.engines.launch import LARGEST_GRID, Launch, choose_launch, note_on
 from fastmono.frequencies import presence_probabilities, scales, thresholds
 from fastmono.kernels.backward import backward_kernel
 from fastmono.kernels.forward import forward_kernel
@@ -25,12 +26,15 @@ from fastmono.optim import adam_corrections, learning_rates
 from fastmono.philox import stream_key
 from fastmono.spec import ModelSpec
 
+PARTS = ("parameters", "first_moment", "second_moment")
 STEPS_A_CALL = 1024
 """Capacity of the tables of learning rates and losses."""
 GRAPH_STEPS = 32
+OLDEST_TRITON = (3, 3)
+"""The compiler of 3.2 aborts the process at the backward kernel on sm_90."""
 ROW_NUMBERS = 32
 """Rows of W_out^T are padded to 128 bytes."""
-N_NORMS = 6
+N_FIELDS, N_FACTORS, N_NORMS = 4, 2, 6
 OPERAND = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,10 +48,24 @@ def is_available() -> bool:
     return torch.cuda.is_available() or is_interpreting()
 
 
+def own_columns(packed: Tensor, view: Tensor) -> Tensor:
+    """Of a model's packed rows, what is not padding: the shape of `view`."""
+    return packed if view.dim() == 1 else packed[:, : view.shape[1]]
+
+
 def last_line(error: BaseException) -> str:
     """What an error says in the end: compilers print pages before."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
+
+
+def scratch_parts(launches: Sequence[Launch], B: int, o: int) -> tuple[int, int, int]:
+    """The most parts of dW_out, of dW_in and db, and of the loss, of models with these settings."""
+    return (
+        max(-(-B // launch.rows) for launch in launches),
+        max(-(-B // launch.rows) * -(-o // launch.BP) for launch in launches),
+        max(-(-B // launch.BR) * -(-o // launch.BO) for launch in launches),
+    )
 
 
 class Packed:
@@ -64,7 +82,7 @@ class Packed:
         self.models: list[Model] = [block.models[i] for i in order]
         self.groups: list[tuple[Launch, int, int]] = []  # settings, first model, how many
         for position, i in enumerate(order):
-            if self.groups and self.groups[-1][0] == launches[i]:
+            if self.groups and self.groups[-1][0] == launches[i] and self.groups[-1][2] < LARGEST_GRID:
                 launch, first, count = self.groups[-1]
                 self.groups[-1] = launch, first, count + 1
             else:
@@ -82,37 +100,28 @@ class Packed:
         self.rows = sum(widths)
         self.slices = [slice(start, start + width) for start, width in zip(starts, widths, strict=True)]
 
-        def packed() -> dict[str, Tensor]:
-            shapes = {"W_in": (self.rows, self.M), "b": (self.rows,), "W_outT": (self.rows, self.LO)}
-            return {name: torch.zeros(shape, device=self.device) for name, shape in shapes.items()}
-
-        self.parameters, self.first_moment, self.second_moment = packed(), packed(), packed()
-        for model, rows in zip(self.models, self.slices, strict=True):
-            for name, flat in (
-                ("parameters", model.parameters),
-                ("first_moment", model.first_moment),
-                ("second_moment", model.second_moment),
-            ):
-                if len(flat):
-                    self._copy(model.spec, flat, getattr(self, name), rows, to_device=True)
+        self.parameters, self.first_moment, self.second_moment = (self._packed(part) for part in PARTS)
         self.operands = {
             name: self.round(tensor) if name != "b" else tensor for name, tensor in self.parameters.items()
         }
+
+    def _packed(self, part: str) -> dict[str, Tensor]:
+        """One part of every model's state, zero where there is none: put together on the host, and copied at once."""
+        packed: dict[str, Tensor] = {}
+        for name, shape in {"W_in": (self.rows, self.M), "b": (self.rows,), "W_outT": (self.rows, self.LO)}.items():
+            host = torch.zeros(shape)
+            for model, rows in zip(self.models, self.slices, strict=True):
+                if len(flat := getattr(model, part)):
+                    view = views(model.spec, flat)[name]
+                    own_columns(host[rows], view).copy_(view)
+            packed[name] = host.to(self.device)
+        return packed
 
     def round(self, tensor: Tensor) -> Tensor:
         """A float32 tensor as an operand: the same memory where nothing is rounded."""
         return tensor if self.precision == "fp32" else (
             PRECISIONS["tf32"](tensor) if self.precision == "tf32" else tensor.to(self.operand)
         )  # fmt: skip
-
-    @staticmethod
-    def _copy(spec: ModelSpec, flat: Tensor, packed: dict[str, Tensor], rows: slice, to_device: bool) -> None:
-        for name, view in views(spec, flat).items():
-            there = packed[name][rows] if name == "b" else packed[name][rows, : view.shape[1]]
-            if to_device:
-                there.copy_(view)
-            else:
-                view.copy_(there)
 
     def _pack_streams(self) -> None:
         keys = [(stream_key(model.spec), id(model.P)) for model in self.models]
@@ -151,12 +160,12 @@ class Packed:
         self.x = empty(batches, B, self.M, dtype=self.operand)
         self.tau = empty(batches, B, self.M) if self.spec.task == "reprojector" else self.scale
         self.e = empty(A, B, self.LO, dtype=self.operand)
-        parts = [(-(-B // g.rows), -(-o // g.BP)) for g, _, _ in self.groups]
-        self.dW_out = empty(max(r for r, _ in parts), self.rows, self.LO)
-        self.dW_in = empty(max(r * t for r, t in parts), self.rows, self.M)
-        self.db = empty(max(r * t for r, t in parts), self.rows)
-        self.loss_parts = max(-(-B // g.BR) * -(-o // g.BO) for g, _, _ in self.groups)
-        self.chunks = max(-(-model.spec.n_neurons // 16) for model in self.models)
+        launches = [launch for launch, _, _ in self.groups]
+        row_parts, parts, self.loss_parts = scratch_parts(launches, B, o)
+        self.dW_out = empty(row_parts, self.rows, self.LO)
+        self.dW_in = empty(parts, self.rows, self.M)
+        self.db = empty(parts, self.rows)
+        self.chunks = max(-(-model.spec.n_neurons // launches[0].BA) for model in self.models)
         self.loss = empty(A, self.loss_parts)
         self.bad = empty(A, self.chunks, dtype=torch.int32)
         self.norms = empty(A, self.chunks, N_NORMS)
@@ -175,12 +184,13 @@ class Packed:
 
     def fetch(self) -> None:
         """Bring parameters and moments back to the models that have not diverged."""
-        for model, rows in zip(self.models, self.slices, strict=True):
-            if model.diverged_step is None:
-                for name in ("parameters", "first_moment", "second_moment"):
-                    flat = getattr(model, name)
-                    if len(flat):
-                        self._copy(model.spec, flat, getattr(self, name), rows, to_device=False)
+        for part in PARTS:
+            for name, tensor in getattr(self, part).items():
+                host = tensor.cpu()
+                for model, rows in zip(self.models, self.slices, strict=True):
+                    if model.diverged_step is None and len(flat := getattr(model, part)):
+                        view = views(model.spec, flat)[name]
+                        view.copy_(own_columns(host[rows], view))
 
 
 class TritonEngine:
@@ -200,12 +210,15 @@ class TritonEngine:
             raise ValueError("engine='triton': needs a CUDA GPU (or TRITON_INTERPRET=1, for very small grids)")
         if is_interpreting() and precision == "bf16":
             raise ValueError("precision='bf16': Triton's interpreter computes it wrongly; use fp32 or tf32")
+        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+            raise ValueError(f"engine='triton': Triton {triton.__version__} is too old; 3.3 (PyTorch 2.7) is needed")
         self.precision = precision
         self.device = torch.device("cpu" if is_interpreting() else "cuda")
         self.architecture = 0
         if not is_interpreting():
             major, minor = torch.cuda.get_device_capability()
             self.architecture = 10 * major + minor
+        self.note = note_on(self.architecture)
         self._block: Block | None = None
         self._packed: Packed | None = None
 
@@ -221,8 +234,7 @@ class TritonEngine:
         packed, parts = self._pack(block), []
         while n_steps > 0:
             n = min(n_steps, STEPS_A_CALL)
-            for i, model in enumerate(packed.models):
-                packed.rates[i, :n] = torch.tensor(learning_rates(model.spec, block.step, n))
+            packed.rates[:, :n] = torch.tensor([learning_rates(m.spec, block.step, n) for m in packed.models])
             steps = range(block.step, block.step + n)
             packed.corrections[:n] = torch.tensor([adam_corrections(t) for t in steps])
             packed.step.copy_(torch.tensor([block.step, block.step]))
@@ -233,6 +245,8 @@ class TritonEngine:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
+                if "out of memory" in str(error):  # Triton's own, or of a graph: the block is halved all the same
+                    raise torch.OutOfMemoryError(last_line(error)) from error
                 raise EngineError(f"{packed.describe()}: {type(error).__name__}: {last_line(error)}") from error
             losses = torch.empty(len(packed.order), n)
             losses[packed.order] = found
@@ -279,14 +293,18 @@ class TritonEngine:
         launches = [choose_launch(architecture, N, m, s.n_neurons, o, B, precision) for s in specs]
         M, LO, size = launches[0].M, -(-o // ROW_NUMBERS) * ROW_NUMBERS, OPERAND[precision].itemsize
         rows, A = sum(s.n_neurons for s in specs), len(specs)
-        row_parts = max(-(-B // launch.rows) for launch in launches)
-        parts = max(-(-B // launch.rows) * -(-o // launch.BP) for launch in launches)
-        state = rows * (12 * (M + LO + 1) + size * (M + LO))
+        row_parts, parts, loss_parts = scratch_parts(launches, B, o)
+        chunks = max(-(-s.n_neurons // launch.BA) for s, launch in zip(specs, launches, strict=True))
+        weights = 12 * (M + LO) if precision == "fp32" else (12 + size) * (M + LO)  # float32 weights are operands too
+        state = rows * (weights + 12)
         gradients = 4 * rows * (row_parts * LO + parts * (M + 1))
         streams = len({stream_key(s) for s in specs})
         batches = max(A, streams) if any(launch.regime == "resident" for launch in launches) else streams
-        activations = size * (A * B * LO + batches * B * M) + (4 * batches * B * M if spec.task == "reprojector" else 0)
-        return state + gradients + activations + streams * N * (2 * size * M + 12) + 8 * A * STEPS_A_CALL
+        second = 2 if spec.task == "reprojector" else 1
+        activations = size * (A * B * LO + batches * B * M) + 4 * (second - 1) * batches * B * M
+        sampling = streams * (N * (second * size * M + 12) + 8)
+        tables = A * (8 * N_FIELDS + 4 * N_FACTORS + 8 + 8 * STEPS_A_CALL) + 8 * STEPS_A_CALL + 16
+        return state + gradients + activations + sampling + tables + 4 * A * (loss_parts + chunks * (1 + N_NORMS))
 
     @staticmethod
     def workspace_bytes(spec: ModelSpec, n_streams: int) -> int:
@@ -301,10 +319,11 @@ def launch_step(packed: Packed, groups: list[tuple[Launch, int, int]]) -> None:
     unit, A = 2.0 / B, packed
     launch = groups[0][0]
     settings = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": False}
-    project_kernel[(-(-B // launch.BR), len(A.seeds))](
-        A.step, A.seeds, A.last, A.scale, A.P, A.P2, A.x, A.tau, N, B,
-        TASK=spec.task, PRECISION=precision, M=M, BR=launch.BR, BN=launch.BN, **settings,
-    )  # fmt: skip
+    for first in range(0, len(A.seeds), LARGEST_GRID):
+        project_kernel[(-(-B // launch.BR), min(LARGEST_GRID, len(A.seeds) - first))](
+            A.step, A.seeds, A.last, A.scale, A.P, A.P2, A.x, A.tau, N, B, first,
+            TASK=spec.task, PRECISION=precision, M=M, BR=launch.BR, BN=launch.BN, **settings,
+        )  # fmt: skip
     for launch, first, count in groups:
         settings = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": False}
         p, q = A.parameters, A.operands
@@ -319,7 +338,7 @@ def launch_step(packed: Packed, groups: list[tuple[Launch, int, int]]) -> None:
         )  # fmt: skip
         backward_kernel[(-(-widest // launch.BK), parts, count)](
             A.table, A.factors, A.diverged, A.step, A.x, q["W_in"], p["b"], q["W_outT"], A.e, A.dW_in, A.db, A.dW_out,
-            o, B, LO, launch.rows, row_parts, first, A.rows,
+            B, LO, launch.rows, row_parts, first, A.rows,
             ACTIVATION=spec.activation, PRECISION=precision, M=M, BR=launch.BB, BK=launch.BK, BO=launch.BP, **settings,
         )  # fmt: skip
         m, v = A.first_moment, A.second_moment
