@@ -6,15 +6,25 @@ import time
 from contextlib import suppress
 from typing import Any
 
+import torch
+
+
+def handle(nvml: Any) -> Any:
+    """The device that PyTorch computes on: NVML counts all of a machine, and knows nothing of CUDA_VISIBLE_DEVICES."""
+    with suppress(Exception):
+        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+        return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    return nvml.nvmlDeviceGetHandleByIndex(0)
+
 
 class GpuMonitor:
-    """Reads one device while it is in use.
+    """Reads the device in use.
 
     Attributes:
         note: why there is nothing to read, in one line; None where there is.
     """
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self) -> None:
         self.note: str | None = None
         self._nvml: Any = None
         self._joules_at_start: float | None = None
@@ -23,7 +33,7 @@ class GpuMonitor:
             import pynvml
 
             pynvml.nvmlInit()
-            self._device = pynvml.nvmlDeviceGetHandleByIndex(index)
+            self._device = handle(pynvml)
             self._nvml = pynvml
         except Exception as error:  # not installed, no driver, no such device: a note, not an error
             self.note = f"no GPU readings ({type(error).__name__}: {error})"

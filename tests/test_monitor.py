@@ -48,6 +48,16 @@ def test_readings_are_in_the_units_that_the_line_shows(install):
     assert monitor.read()["joules"] == 10.0  # two looks since the start, 5 J each
 
 
+def test_the_device_read_is_the_one_that_pytorch_uses_whatever_nvml_calls_the_first(install, monkeypatch):
+    module, asked = nvml(), []
+    module.nvmlDeviceGetHandleByUUID = lambda uuid: asked.append(uuid) or "device"
+    module.nvmlDeviceGetHandleByIndex = lambda i: pytest.fail("the first of the machine is not the first visible")
+    install(module)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: types.SimpleNamespace(uuid="c0ffee"))
+    assert GpuMonitor().note is None and asked == ["GPU-c0ffee"]
+
+
 def test_a_reading_that_is_not_supported_is_left_out(install):
     install(nvml(missing=["nvmlDeviceGetTemperature", "nvmlDeviceGetUtilizationRates"]))
     assert GpuMonitor().line() == "3.0 GiB  412 W"
