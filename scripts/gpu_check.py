@@ -1,20 +1,22 @@
 """The first minutes on a CUDA machine: does it run, is it right, how fast is it.
 
-    python scripts/gpu_check.py --out DIR [--minutes 8] [--only SECTION ...]
+    python scripts/gpu_check.py --out DIR [--minutes 7.5] [--only SECTION ...]
 
-Sections, the most telling first: device, tests, rates, published, ladder, kernels, resources. After each, everything so
-far is written to DIR/gpu_check.json, so the check may be cut off at any time. Exit code 0: every section ran and the
-tests passed; 1: something failed; 2: there is no GPU.
+Sections, the most telling first: device, tests, resources, rates, kernels, ladder, published. Each runs in a process of
+its own, since an error on the device ends the process that meets it, and for its share of the time. DIR/gpu_check.json
+holds everything so far, so the check may be cut off at any time. Exit code 0: every section ran to its end and the
+tests passed; 1: something did not; 2: there is no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,9 +27,14 @@ import torch
 import fastmono as fm
 from fastmono.block import Block
 from fastmono.engines import engine_class, has_gpu
+from fastmono.engines.launch import Launch, choose_launch
 from fastmono.engines.reference import ReferenceEngine
+from fastmono.files import write_bytes
+from fastmono.philox import stream_key
 from fastmono.spec import ModelSpec
 
+Save = Callable[[dict[str, Any]], None]
+"""What a section calls with all that it knows so far."""
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ModelSpec(n_features=64, d_embed=16, n_neurons=128, feature_prob=1 / 16, batch_size=256, steps=2**30, lr=0.01)
 SHAPES = {"tiny": TINY, "demo": fm.preset("demo")[4].replace(steps=2**30), "published": ModelSpec(steps=2**30)}
@@ -48,44 +55,107 @@ def timed(call: Callable[[], object], repeats: int = 10) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def device(seconds: float) -> dict[str, Any]:
+def device(out: Path, save: Save) -> None:
     """What this machine is."""
     import triton
 
     properties = torch.cuda.get_device_properties(0)
-    return {
+    save({
         "name": properties.name, "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count, "memory_GiB": round(properties.total_memory / 2**30, 1),
         "torch": torch.__version__, "triton": triton.__version__, "fastmono": fm.__version__,
-    }  # fmt: skip
+    })  # fmt: skip
 
 
-def tests(seconds: float) -> dict[str, Any]:
-    """The tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", "tests/test_gpu.py", "--tb=short"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired as error:
-        return {"passed": False, "tail": f"not done after {seconds:.0f} s: {error.stdout or b''!r}"[-3000:]}
-    return {"passed": done.returncode == 0, "tail": done.stdout[-3000:]}
+def tests(out: Path, save: Save) -> None:
+    """The tests that need a GPU; what they print is in DIR/tests.txt."""
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu and not slow", "tests/test_gpu.py", "--tb=short"]
+    save({"passed": False, "tail": "not done, see tests.txt"})
+    with (out / "tests.txt").open("w") as file:
+        done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    save({"passed": done.returncode == 0, "tail": (out / "tests.txt").read_text()[-3000:]})
 
 
-def rates(seconds: float) -> dict[str, Any]:
+def resources(out: Path, save: Save) -> None:
+    """Registers and spills of the kernels, compiled for this architecture."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.kernel_resources import resources as of
+    from benchmarks.kernel_resources import variants
+
+    found: dict[str, Any] = {}
+    for variant in variants(precisions=("bf16",), others=False):
+        row = of(variant, architecture())
+        found[f"{variant.kernel} {variant.shape}"] = {name: row[name] for name in ("registers", "stack", "shared")}
+        save(found)
+
+
+def rates(out: Path, save: Save) -> None:
     """The machine's own limits: products of 8192^3 in TFLOP/s, and a copy of 1 GiB in GB/s (read plus written)."""
     found = {}
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    found["copy_GBs"] = round(2 * 4 * 2**28 / timed(lambda: target.copy_(source)) / 1e9, 1)
     for name, dtype, tf32 in (
         ("bf16", torch.bfloat16, False), ("tf32", torch.float32, True), ("fp32", torch.float32, False),
     ):  # fmt: skip
         torch.backends.cuda.matmul.allow_tf32 = tf32
         a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
         found[f"{name}_TFLOPs"] = round(2 * 8192**3 / timed(partial(torch.mm, a, b)) / 1e12, 1)
-    source = torch.randn(2**28, device="cuda")
-    target = torch.empty_like(source)
-    found["copy_GBs"] = round(2 * 4 * 2**28 / timed(lambda: target.copy_(source)) / 1e9, 1)
-    return found
+        save(found)
 
 
-def rate_of(specs: list[ModelSpec], precision: str, seconds: float = 2.0) -> dict[str, float]:
+def traffic(specs: list[ModelSpec], launch: Launch, size: int) -> dict[str, tuple[float, float]]:
+    """Bytes and operations of each streamed kernel in one step, at the least: every array once, nothing twice.
+
+    Args:
+        size: bytes of an operand.
+    """
+    spec, A, streams = specs[0], len(specs), len({stream_key(s) for s in specs})
+    B, N, k, o, M = spec.batch_size, spec.n_features, spec.n_neurons, spec.d_output, launch.M
+    row_parts, column_parts = -(-B // launch.rows), -(-o // launch.BP)
+    weights, numbers = k * (M + o), k * (M + o + 1)
+    partial_gradients = row_parts * (k * o + column_parts * k * (M + 1))
+    projections = 2 if spec.task == "reprojector" else 1
+    return {
+        "project_kernel": (streams * size * (B + N) * M * projections, streams * 2 * B * N * M * projections),
+        "forward_kernel": (A * size * (B * (M + o) + weights), A * 2 * B * weights),
+        "backward_kernel": (A * (size * (B * (M + o) + weights) + 4 * partial_gradients), A * 4 * B * weights),
+        "moments_kernel": (A * 4 * (partial_gradients + 5 * numbers), 0),  # p, m and v read, m and v written
+        "apply_kernel": (A * (16 * numbers + size * weights), 0),  # p, m and v read, p written twice
+    }
+
+
+def kernels(out: Path, save: Save) -> None:
+    """Each kernel's milliseconds in a step of the paper's grid, bf16, against its floor: the larger of bytes over the
+    machine's copy bandwidth and operations over its bf16 rate."""
+    from torch.profiler import ProfilerActivity, profile
+
+    known = out / "rates.json"
+    machine = json.loads(known.read_text()) if known.exists() else {}
+    if "bf16_TFLOPs" not in machine:
+        rates(out, machine.update)
+    specs = [s.replace(steps=2**30) for s in fm.preset("published")]
+    engine, block = engine_class("triton")("bf16"), Block.new(specs)
+    engine.advance(block, 4)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        engine.advance(block, 8)
+        torch.cuda.synchronize()
+    took = {e.key: e.device_time_total / 8e3 for e in profiled.key_averages() if "kernel" in e.key}
+    s = specs[0]
+    launch = choose_launch(architecture(), s.n_features, s.d_embed, s.n_neurons, s.d_output, s.batch_size, "bf16")
+    least = traffic(specs, launch, 2)
+    found: dict[str, Any] = {}
+    for name, ms in sorted(took.items(), key=lambda item: -item[1]):
+        found[name] = {"ms": round(ms, 4)}
+        if name in least:
+            moved, done = least[name]
+            floors = {"bytes": moved / machine["copy_GBs"] / 1e6, "operations": done / machine["bf16_TFLOPs"] / 1e9}
+            bound = max(floors, key=lambda which: floors[which])
+            found[name] |= {"floor_ms": round(floors[bound], 4), "bound": bound, "share": round(floors[bound] / ms, 3)}
+    save(found)
+
+
+def rate_of(specs: list[ModelSpec], precision: str, seconds: float) -> dict[str, float]:
     """Model-steps and useful operations a second of whole training steps, host work included."""
     engine, block = engine_class("triton")(precision), Block.new(specs)
     started = time.perf_counter()
@@ -103,88 +173,99 @@ def rate_of(specs: list[ModelSpec], precision: str, seconds: float = 2.0) -> dic
             "first_40_steps_s": round(cold, 2)}  # fmt: skip
 
 
-def published(seconds: float) -> dict[str, Any]:
-    """The paper's grid: its rate in each precision, and the losses of its first steps beside the reference's."""
-    grid = [spec.replace(steps=2**30) for spec in fm.preset("published")]
-    found: dict[str, Any] = {p: rate_of(grid, p) for p in ("bf16", "tf32", "fp32")}
-    spec, steps = grid[2], 4
-    reference = ReferenceEngine().advance(Block.new([spec]), steps)
-    for precision in ("fp32", "bf16"):
-        losses = engine_class("triton")(precision).advance(Block.new([spec]), steps)
-        found[f"{precision}_loss_error"] = float(((losses - reference) / reference).abs().max())
-    return found
-
-
-def ladder(seconds: float) -> dict[str, Any]:
+def ladder(out: Path, save: Save) -> None:
     """Rates of both regimes over grids of growing size, bf16."""
-    found = {}
+    found: dict[str, Any] = {}
     for shape, counts in (("tiny", (1, 16, 128, 1024, 4096)), ("demo", (1, 12, 132, 1024)), ("published", (1, 4, 24))):
         for count in counts:
             specs = [SHAPES[shape].replace(lr=0.001 * (1 + i % 13), seed=i // 256) for i in range(count)]
             found[f"{shape} x {count}"] = rate_of(specs, "bf16", 1.0)
-    return found
+            save(found)
 
 
-def kernels(seconds: float) -> dict[str, Any]:
-    """Time of each kernel over a few steps of the paper's grid, by PyTorch's profiler, milliseconds a step."""
-    from torch.profiler import ProfilerActivity, profile
+def published(out: Path, save: Save) -> None:
+    """Losses of a model's first steps beside the reference's, and the rate of the paper's grid in each precision."""
+    grid = [spec.replace(steps=2**30) for spec in fm.preset("published")]
+    spec, steps = grid[2], 4
+    found: dict[str, Any] = {}
+    reference = ReferenceEngine().advance(Block.new([spec]), steps)
+    for precision in ("fp32", "tf32", "bf16"):
+        losses = engine_class("triton")(precision).advance(Block.new([spec]), steps)
+        found[f"{precision}_loss_error"] = float(((losses - reference) / reference).abs().max())
+        save(found)
+    for precision in ("bf16", "tf32", "fp32"):
+        found[precision] = rate_of(grid, precision, 2.0)
+        save(found)
 
-    engine, block = engine_class("triton")("bf16"), Block.new([s.replace(steps=2**30) for s in fm.preset("published")])
-    engine.advance(block, 4)
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        engine.advance(block, 8)
-        torch.cuda.synchronize()
-    times = {e.key: round(e.device_time_total / 8e3, 4) for e in found.key_averages() if "kernel" in e.key}
-    return dict(sorted(times.items(), key=lambda item: -item[1]))
+
+SECTIONS = {  # each with its share of the time; what one leaves goes to those after it
+    device: 2, tests: 20, resources: 4, rates: 3, kernels: 4, ladder: 9, published: 6,
+}  # fmt: skip
+NAMES = [section.__name__ for section in SECTIONS]
 
 
-def resources(seconds: float) -> dict[str, Any]:
-    """Registers and spills of the kernels, compiled for this architecture."""
-    sys.path.insert(0, str(ROOT))
-    from benchmarks.kernel_resources import Variant, variants
-    from benchmarks.kernel_resources import resources as of
-
+def architecture() -> int:
+    """90 for sm_90."""
     major, minor = torch.cuda.get_device_capability()
-    rows = [of(Variant(v.kernel, v.shape, v.precision), 10 * major + minor) for v in variants(precisions=("bf16",))]
-    return {f"{r['kernel']} {r['shape']}": {k: r[k] for k in ("registers", "stack", "shared")} for r in rows}
+    return 10 * major + minor
 
 
-SECTIONS = (device, tests, rates, published, ladder, kernels, resources)
+def run_section(name: str, out: Path, seconds: float) -> dict[str, Any]:
+    """One section in a process of its own, which is ended when its time is over; what it saved until then stays."""
+    path, started = out / f"{name}.json", time.monotonic()
+    path.unlink(missing_ok=True)
+    with (out / f"{name}.err").open("w+") as errors:
+        command = [sys.executable, __file__, "--out", str(out), "--section", name]
+        process = subprocess.Popen(command, stderr=errors, start_new_session=True)
+        cut = False
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            cut = True
+        finally:  # its children too, the tests among them
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        if cut:
+            found["cut_off"] = f"after {seconds:.0f} s"
+        elif process.returncode:
+            errors.seek(0)
+            found["failed"] = errors.read()[-3000:] or f"exit code {process.returncode}"
+    found["seconds"] = round(time.monotonic() - started, 1)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the sections, write the report, print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--only", nargs="+", choices=[section.__name__ for section in SECTIONS])
+    parser.add_argument("--minutes", type=float, default=7.5)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--section", choices=NAMES, help=argparse.SUPPRESS)  # this process runs it
     arguments = parser.parse_args(argv)
+    out: Path = arguments.out.resolve()
+    if arguments.section:
+        section = next(section for section in SECTIONS if section.__name__ == arguments.section)
+        section(out, lambda found: write_bytes(out / f"{arguments.section}.json", json.dumps(found).encode()))
+        return 0
     if not has_gpu():
         print("error: there is no CUDA GPU with Triton here", file=sys.stderr)
         return 2
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    end, failed = time.monotonic() + 60 * arguments.minutes, False
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * arguments.minutes
     report: dict[str, dict[str, Any]] = {}
-    for section in SECTIONS:
-        name = section.__name__
-        if arguments.only and name not in arguments.only:
-            continue
-        left = end - time.monotonic()
-        if left < 10:
-            report[name] = {"skipped": "out of time"}
-            continue
-        started = time.monotonic()
-        try:
-            report[name] = section(0.6 * left)
-        except Exception:
-            report[name] = {"failed": traceback.format_exc()[-3000:]}
-        failed = failed or "failed" in report[name] or report[name].get("passed") is False
-        report[name]["seconds"] = round(time.monotonic() - started, 1)
-        (arguments.out / "gpu_check.json").write_text(json.dumps(report, indent=1))
+    waiting = {section.__name__: share for section, share in SECTIONS.items() if section.__name__ in arguments.only}
+    while waiting:
+        left, (name, share) = max(0.0, end - time.monotonic()), next(iter(waiting.items()))
+        report[name] = run_section(name, out, left * share / sum(waiting.values()))
+        del waiting[name]
+        write_bytes(out / "gpu_check.json", json.dumps(report, indent=1).encode())
         print(f"\n{name}")
         for key, value in report[name].items():
             print(f"  {key:28s} {value}", flush=True)
-    return 1 if failed else 0
+    bad = [name for name, found in report.items() if {"failed", "cut_off"} & set(found) or found.get("passed") is False]
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

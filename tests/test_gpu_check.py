@@ -1,0 +1,47 @@
+"""The check of a CUDA machine, as far as it goes where there is none."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastmono as fm
+from fastmono.engines import has_gpu
+from fastmono.engines.launch import choose_launch
+
+PATH = Path(__file__).resolve().parent.parent / "scripts" / "gpu_check.py"
+specification = importlib.util.spec_from_file_location("gpu_check_script", PATH)
+script = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(script)
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+def test_without_a_gpu_the_exit_code_is_2(tmp_path, capsys):
+    assert script.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "error: there is no CUDA GPU with Triton here\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_section_that_fails_or_is_cut_off_leaves_what_it_saved_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "has_gpu", lambda: True)
+    assert script.main(["--out", str(tmp_path), "--only", "device", "published", "--minutes", "1"]) == 1
+    report = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert list(report) == ["device", "published"] and "failed" in report["device"]
+    assert "published" in capsys.readouterr().out
+    (tmp_path / "device.json").write_text("{}")
+    assert "cut_off" in script.run_section("device", tmp_path, 0.01)
+
+
+def test_floors_of_the_papers_shape():
+    """By hand, bf16: 28 GFLOP a model-step in all, which the streamed kernels share as 1 : 2."""
+    spec = fm.ModelSpec()
+    launch = choose_launch(90, 512, 64, 1024, 512, 8192, "bf16")
+    found = script.traffic([spec, spec.replace(lr=0.01)], launch, 2)
+    forward, backward = found["forward_kernel"], found["backward_kernel"]
+    assert forward[1] == 2 * 2 * 8192 * 1024 * 576 and backward[1] == 2 * forward[1]
+    assert forward[1] + backward[1] == 2 * (spec.flops_per_step + 2 * 8192 * 64 * 1024)  # z is computed twice
+    assert found["project_kernel"] == (2 * (8192 + 512) * 64, 2 * 8192 * 512 * 64)  # one stream for both
+    assert forward[0] == 2 * 2 * (8192 * 576 + 1024 * 576)
+    assert found["moments_kernel"][0] == 2 * 4 * (2 * (1024 * 512 + 8 * 1024 * 65) + 5 * 1024 * 577)
