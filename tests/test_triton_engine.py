@@ -1,0 +1,149 @@
+"""The Triton engine around its kernels: settings, memory, errors, the main job. `test_kernels.py` runs these too."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_kernels import BASE, HAS_TRITON, INTERPRETING, SMALL, both, interpreted, regime, trained
+
+import fastmono as fm
+from fastmono.block import Block
+from fastmono.engines.launch import choose_launch, note_on
+from fastmono.plan import MEMORY_SHARE, Machine, make_plan
+from fastmono.trainer import Options
+
+if HAS_TRITON:
+    from fastmono.engines import triton as engine_module
+
+__all__ = ["regime"]  # a fixture
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_a_grid_larger_than_the_gpu_is_planned_as_blocks_that_fit_it():
+    grid = fm.Grid(SMALL, lr=[0.01, 0.02], seed=range(5))
+    needed = engine_module.TritonEngine.device_bytes(grid.specs[:3], "bf16", 90)
+    machine = Machine(2, None, 1e11, int(needed / MEMORY_SHARE) + 1, 90)
+    plan = make_plan(grid, Options("triton", "bf16"), "", {}, "auto", machine)
+    assert [len(job.specs) for job in plan.shards[0]] == [3, 3, 3, 1] and len(plan.shards) == 1
+    roomy = dataclasses.replace(machine, device_memory=2**40)
+    assert [len(job.specs) for job in make_plan(grid, plan.options, "", {}, "auto", roomy).shards[0]] == [10]
+
+
+@interpreted
+@both
+@pytest.mark.parametrize("task", ["decoder", "reprojector"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
+def test_the_memory_that_is_planned_is_the_memory_that_is_taken(regime, task, precision):
+    specs = [BASE.replace(task=task, seed=i % 3, n_neurons=20 + i) for i in range(5)]
+    packed = engine_module.Packed(Block.new(specs), precision, torch.device("cpu"), 0)
+    tensors = [value for value in vars(packed).values() if isinstance(value, torch.Tensor)]
+    tensors += [t for value in vars(packed).values() if isinstance(value, dict) for t in value.values()]
+    taken = sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+    assert engine_module.TritonEngine.device_bytes(specs, precision, 0) == taken
+
+
+@interpreted
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("Triton Error [CUDA]: out of memory")])  # fmt: skip
+def test_a_block_that_the_device_does_not_hold_is_halved(error, tmp_path, monkeypatch):
+    launch = engine_module.launch_resident
+
+    def short_of_memory(packed, *arguments):
+        if len(packed.models) > 1:
+            raise error
+        launch(packed, *arguments)
+
+    monkeypatch.setattr(engine_module, "launch_resident", short_of_memory)
+    grid = fm.Grid(SMALL.replace(steps=2), lr=[0.01, 0.02])
+    run = fm.train(grid, tmp_path, engine="triton", precision="fp32", workers=1, quiet=True)
+    assert [row["status"] for row in run.table] == ["done", "done"]
+    assert "out of memory with 2 models; on with 1" in (tmp_path / "run.log").read_text()
+
+
+@interpreted
+def test_an_old_triton_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(engine_module.triton, "__version__", "3.2.0")
+    with pytest.raises(ValueError, match=r"Triton 3\.2\.0 is too old; 3\.3"):
+        engine_module.TritonEngine("fp32")
+
+
+@interpreted
+def test_more_models_than_a_grid_may_have_go_into_several_launches(monkeypatch):
+    specs = [SMALL.replace(seed=i) for i in range(3)]
+    monkeypatch.setattr("fastmono.engines.launch.RESIDENT_BYTES", 0)
+    whole, losses = trained(specs, 2)
+    monkeypatch.setattr(engine_module, "LARGEST_GRID", 2)
+    engine = engine_module.TritonEngine("fp32")
+    split, split_losses = trained(specs, 2, engine=engine)
+    assert [count for _, _, count in engine._packed.groups] == [2, 1]
+    assert torch.equal(losses, split_losses)
+    assert all(torch.equal(a.parameters, b.parameters) for a, b in zip(whole.models, split.models, strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize("bound", [0, 2**18])
+def test_the_main_job_trains_a_small_grid_end_to_end(bound, tmp_path, monkeypatch, capsys):
+    from test_cli import TINY, main
+
+    monkeypatch.setattr("fastmono.engines.launch.RESIDENT_BYTES", bound)
+    flags = [*TINY, "--lr", "0.01", "--engine", "triton", "--precision", "fp32", "--out", str(tmp_path), "--no-plots"]
+    assert main(flags) == 0, capsys.readouterr()
+    run = fm.load_run(tmp_path)
+    assert run.engine == "triton" and {row["status"] for row in run.table} == {"done"}
+    plain = fm.train(run.grid, tmp_path / "plain", engine="reference", workers=1, quiet=True)
+    assert torch.allclose(run.losses, plain.losses, rtol=1e-5)
+
+
+@interpreted
+def test_an_error_of_a_kernel_names_shape_and_settings_in_one_line(tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("a page of compiler output\nPassManager::run failed")
+
+    monkeypatch.setattr(engine_module, "launch_resident", broken)
+    with pytest.warns(
+        RuntimeWarning, match=r"failed at N 18, m 5, .*regime='resident'.*PassManager::run failed"
+    ) as said:
+        run = fm.train(BASE, tmp_path, engine="triton", precision="fp32", workers=1, quiet=True)
+    assert "\n" not in str(said[0].message) and run.table[0]["status"] == "failed"
+
+
+@interpreted
+def test_bf16_in_the_interpreter_is_refused():
+    with pytest.raises(ValueError, match=r"bf16.*wrongly"):
+        engine_module.TritonEngine("bf16")
+
+
+@pytest.mark.skipif(INTERPRETING, reason="the interpreter is available there")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_triton_engine_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"engine='triton': (needs a CUDA GPU|Triton is not installed)"):
+        fm.train(BASE, tmp_path, engine="triton")
+
+
+def test_launch_settings_follow_from_architecture_shape_and_precision_alone():
+    shapes = [(512, 64, 1024, 512, 8192), (128, 32, 256, 128, 512), (1, 1, 1, 1, 1), (2048, 512, 16, 2048, 3)]
+    for architecture in (0, 80, 86, 89, 90, 100, 103, 120):
+        for shape in shapes:
+            for precision in ("fp32", "tf32", "bf16"):
+                launch = choose_launch(architecture, *shape, precision)
+                assert launch == choose_launch(architecture, *shape, precision)
+                tiles = (launch.M, launch.BN, launch.BR, launch.BK, launch.BO, launch.BP, launch.BB, launch.BA)
+                assert all(tile >= 16 and tile & (tile - 1) == 0 for tile in tiles)
+                # The backward pass fills all of a padded row of dW_out that the update reads.
+                assert launch.BP == launch.BO or launch.BP >= 32
+    assert choose_launch(90, *shapes[0], "bf16").regime == "streamed"
+    assert choose_launch(90, *shapes[1], "bf16").regime == "resident"
+    # What is not known gets the settings of sm_80, which fit its siblings' 99 KiB of shared memory, and a note.
+    for shape in shapes:
+        for precision in ("fp32", "tf32", "bf16"):
+            assert len({choose_launch(a, *shape, precision) for a in (80, 86, 89, 120)}) == 1
+    assert not any(map(note_on, (80, 86, 89, 90, 100, 103))) and note_on(120).startswith("sm_120 gets")
+    with pytest.raises(ValueError, match=r"sm_75: .* sm_80 or newer"):
+        choose_launch(75, *shapes[0], "fp32")
+    with pytest.raises(ValueError, match=f"d_output={2**21}, batch_size={2**20}"):
+        choose_launch(90, 2**21, 16, 16, 2**21, 2**20, "bf16")
+    assert choose_launch(80, 2048, 1024, 16, 2048, 3, "bf16").M == choose_launch(90, 2048, 1024, 16, 2048, 3, "fp32").M
+    with pytest.raises(ValueError, match=r"d_embed=513: .* in tf32 up to 512"):
+        choose_launch(86, 2048, 513, 16, 2048, 64, "tf32")
+    with pytest.raises(ValueError, match="d_embed=1025"):
+        choose_launch(90, 2048, 1025, 16, 2048, 64, "bf16")
