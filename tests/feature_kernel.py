@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from fastmono.kernels.backward import backward_tile
 from fastmono.kernels.philox import features
-from fastmono.kernels.tables import row_start, whole_rows
+from fastmono.kernels.tables import whole_rows
 from fastmono.kernels.update import apply_tile, moments_tile
 
 
@@ -23,9 +23,9 @@ def features_kernel(
 def far_rows_kernel(p_x, p_e, p_W_in, p_b, p_W_out, p_dW_in, p_db, p_dW_out, p_m, p_norms, p_bad, k0, B, LO):
     """Gradients, moments and SGD's update of 16 neurons, the last of k0 + 16. All arrays hold just their rows."""
     LO, i = whole_rows(LO), tl.cast(k0, tl.int64)
-    p_W_in, p_b, p_W_out = p_W_in - row_start(k0, 16), p_b - i, p_W_out - row_start(k0, LO)
-    p_dW_in, p_db, p_dW_out = p_dW_in - row_start(k0, 16), p_db - i, p_dW_out - row_start(k0, LO)
-    p_m_in, p_m_b, p_m_out = p_m - row_start(k0, 16), p_m + 256 - i, p_m + 272 - row_start(k0, LO)
+    p_W_in, p_b, p_W_out = p_W_in - i * 16, p_b - i, p_W_out - i * LO
+    p_dW_in, p_db, p_dW_out = p_dW_in - i * 16, p_db - i, p_dW_out - i * LO
+    p_m_in, p_m_b, p_m_out = p_m - i * 16, p_m + 256 - i, p_m + 272 - i * LO
     backward_tile(
         0, B, k0, 0, 0.0, p_x, p_W_in, p_b, p_W_out, p_e, p_dW_in, p_db, p_dW_out, k0 + 16, B, LO,
         "relu", "fp32", 16, 16, 16, 16,

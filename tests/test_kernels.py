@@ -242,6 +242,7 @@ def test_a_nan_is_seen_at_its_step_and_stays_in_its_model(regime, monkeypatch):
     for i, where in enumerate(wheres, 1):
         step = 3 if where == "lr" else 1
         assert block.models[i].diverged_step == step, where
+        assert losses[i, 0].isnan() == (where in ("W_in", "b", "W_outT")), where  # a plain maximum would hide it
         assert losses[i, step:].isnan().all() and losses[i, : step - 1].isfinite().all(), where
     for i, j in ((0, 0), (-1, 1)):
         assert block.models[i].diverged_step is None
