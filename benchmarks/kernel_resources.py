@@ -3,8 +3,9 @@
     python -m benchmarks.kernel_resources                    all variants, into benchmarks/results/kernel_resources.csv
     python -m benchmarks.kernel_resources --check            some of them again, compared with that file
 
-One row for each kernel, variant and architecture: registers, bytes of stack (spills), shared memory, and how often each
-kind of matrix instruction occurs. No GPU is needed; not for a process in interpreter mode.
+One row for each kernel, variant and architecture: registers, bytes of stack (spills), shared memory, the instruction
+expected to multiply, how often each such instruction occurs, how many loads take 16 bytes, and the barriers between
+the phases of the resident kernel. No GPU is needed; not for a process in interpreter mode.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from fastmono.engines.launch import Launch, choose_launch
 
 ARCHITECTURES = (80, 90, 100)
 TABLE = Path(__file__).resolve().parent / "results" / "kernel_resources.csv"
-LARGEST_SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
-"""Bytes of shared memory one program may have."""
+LARGEST_SHARED = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448}
+"""Bytes of shared memory one program may have. sm_86 and sm_89 have less than sm_80, and its settings."""
 SHAPES = {  # N, m, k, o, B
     "tiny": (64, 16, 128, 64, 256),
     "demo": (128, 32, 256, 128, 512),
@@ -38,9 +39,10 @@ SHAPES = {  # N, m, k, o, B
 }
 PRECISIONS = ("bf16", "tf32", "fp32")
 OPERAND = {"bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}
+KEY = ("kernel", "shape", "precision", "task", "activation", "optimizer", "architecture")
+UNITS = ("HGMMA", "HMMA", "tcgen05")
 COLUMNS = (
-    "kernel", "shape", "precision", "task", "architecture", "num_warps", "registers", "stack", "shared",
-    "HGMMA", "HMMA", "tcgen05", "FFMA", "triton",
+    *KEY, "num_warps", "registers", "stack", "shared", "expected", *UNITS, "FFMA", "LDG128", "barriers", "triton",
 )  # fmt: skip
 INT64 = {"p_models", "p_diverged", "p_step", "p_seeds", "p_last"}
 
@@ -72,13 +74,57 @@ def launch_of(variant: Variant, architecture: int) -> Launch:
     return choose_launch(architecture, *SHAPES[variant.shape], variant.precision)
 
 
-def variants(shapes: tuple[str, ...] = tuple(SHAPES), precisions: tuple[str, ...] = PRECISIONS) -> Iterator[Variant]:
-    """Every kernel that can be chosen for these shapes."""
+TASKS = ({"task": "reprojector"}, {"task": "abs"})
+ACTIVATIONS = ({"activation": "gelu"}, {"activation": "solu"})
+OPTIMIZERS = ({"optimizer": "adamw"}, {"optimizer": "sgd"})
+OTHERS = {  # what else than the default changes a kernel's code
+    "project": TASKS, "forward": (*TASKS, *ACTIVATIONS), "backward": ACTIVATIONS, "moments": (), "apply": OPTIMIZERS,
+    "resident": (*TASKS, *ACTIVATIONS, *OPTIMIZERS),
+}  # fmt: skip
+
+
+def variants(
+    shapes: tuple[str, ...] = tuple(SHAPES), precisions: tuple[str, ...] = PRECISIONS, others: bool = True
+) -> Iterator[Variant]:
+    """Every kernel that can be chosen for these shapes; in bf16 and tf32 for each task, nonlinearity, optimizer too."""
     for shape in shapes:
         for precision in precisions:
             regime = choose_launch(90, *SHAPES[shape], precision).regime
-            names = ["resident"] if regime == "resident" else [name for name in KERNELS if name != "resident"]
-            yield from (Variant(name, shape, precision) for name in names)
+            for name in ["resident"] if regime == "resident" else [name for name in KERNELS if name != "resident"]:
+                yield Variant(name, shape, precision)
+                if others and precision != "fp32":
+                    yield from (Variant(name, shape, precision, **other) for other in OTHERS[name])
+
+
+def checked() -> list[Variant]:
+    """The subset that the tests compile: each kernel, and one of every task, nonlinearity and optimizer."""
+    return [
+        *variants(precisions=("bf16",), others=False),
+        *(Variant(name, "published", "tf32") for name in ("project", "forward", "backward")),
+        Variant("resident", "demo", "tf32"),
+        Variant("forward", "published", "fp32"),
+        Variant("resident", "demo", "bf16", task="abs"),
+        Variant("resident", "tiny", "bf16", optimizer="sgd"),
+        Variant("forward", "published", "bf16", task="reprojector"),
+        Variant("backward", "published", "bf16", activation="gelu"),
+        Variant("apply", "published", "bf16", optimizer="adamw"),
+    ]
+
+
+def expected_instruction(variant: Variant, architecture: int) -> str:
+    """What should multiply; nothing does in the update."""
+    if variant.kernel in ("moments", "apply"):
+        return ""
+    if variant.precision == "fp32":
+        return "FFMA"
+    if variant.kernel == "resident":  # tiles of 32 x 32, see fastmono/engines/launch.py
+        return "HMMA"
+    return {9: "HGMMA", 10: "tcgen05"}.get(architecture // 10, "HMMA")
+
+
+def phase_barriers(code: str) -> int:
+    """Barriers in the machine code of the resident kernel itself: before the first function that it calls."""
+    return len(re.findall(r"BAR\.SYNC", re.split(r"\bRET\b", code)[0]))
 
 
 def pointer_type(name: str, precision: str) -> str:
@@ -150,42 +196,51 @@ def resources(variant: Variant, architecture: int) -> dict[str, Any]:
 
     return {
         "kernel": variant.kernel, "shape": variant.shape, "precision": variant.precision, "task": variant.task,
-        "architecture": f"sm_{architecture}", "num_warps": compiled.metadata.num_warps, "registers": registers,
-        "stack": stack, "shared": compiled.metadata.shared, "HGMMA": count(r"\bHGMMA\b|\bHGMMA\."),
-        "HMMA": count(r"\bHMMA\."), "tcgen05": count(r"\bUTC[A-Z]*MMA"), "FFMA": count(r"\bFFMA\b"),
-        "triton": triton.__version__,
+        "activation": variant.activation, "optimizer": variant.optimizer, "architecture": f"sm_{architecture}",
+        "num_warps": compiled.metadata.num_warps, "registers": registers, "stack": stack,
+        "shared": compiled.metadata.shared, "expected": expected_instruction(variant, architecture),
+        "HGMMA": count(r"\bHGMMA\b"), "HMMA": count(r"\bHMMA\."), "tcgen05": count(r"\bUTC[A-Z]*MMA"),
+        "FFMA": count(r"\bFFMA\b"), "LDG128": count(r"\bLDG(?:STS)?\.[A-Z.]*128"),
+        "barriers": phase_barriers(code) if variant.kernel == "resident" else 0, "triton": triton.__version__,
     }  # fmt: skip
 
 
 def differences(row: dict[str, Any], table: list[dict[str, str]]) -> list[str]:
-    """What is wrong with a fresh row: spills, shared memory, no matrix instruction, or other figures than kept."""
-    name = " ".join(str(row[column]) for column in COLUMNS[:5])
+    """What is wrong with a fresh row: spills, shared memory, instructions, barriers, or other figures than kept."""
+    name = " ".join(str(row[column]) for column in KEY)
     found = []
     if row["precision"] != "fp32":
-        units = row["HGMMA"] + row["HMMA"] + row["tcgen05"]
         if row["stack"]:
             found.append(f"{name}: spills {row['stack']} bytes")
-        if not units and row["kernel"] in ("project", "forward", "backward", "resident"):
-            found.append(f"{name}: uses no matrix unit")
-    elif row["HGMMA"] + row["HMMA"] + row["tcgen05"]:
+    elif sum(row[unit] for unit in UNITS):
         found.append(f"{name}: rounds its operands")
+    if row["expected"] and not row[row["expected"]]:
+        found.append(f"{name}: has no {row['expected']}")
+    if row["shape"] == "published" and row["kernel"] != "project" and not row["LDG128"]:  # rows of W_out, e and dW_out
+        found.append(f"{name}: reads nothing 16 bytes at a time")
+    phases = 4 if row["optimizer"] == "sgd" else 5  # one barrier after each, and one after the loss is written
+    if row["kernel"] == "resident" and row["barriers"] != phases + 1:
+        found.append(f"{name}: has {row['barriers']} barriers for {phases} phases")
     if row["shared"] > LARGEST_SHARED[row["architecture"]]:
         found.append(f"{name}: takes {row['shared']} bytes of shared memory")
-    kept = [old for old in table if all(old[column] == str(row[column]) for column in COLUMNS[:5])]
+    kept = [old for old in table if all(old[column] == str(row[column]) for column in KEY)]
     if not kept:
         found.append(f"{name}: is not in the table")
     elif kept[0]["triton"] == row["triton"] and any(kept[0][column] != str(row[column]) for column in COLUMNS):
-        found.append(f"{name}: was {list(kept[0].values())[5:]}, is {[str(row[column]) for column in COLUMNS[5:]]}")
+        rest = COLUMNS[len(KEY) :]
+        found.append(f"{name}: was {[kept[0][column] for column in rest]}, is {[str(row[column]) for column in rest]}")
     return found
 
 
 def check(table_path: Path) -> int:
-    """Compile the bf16 and tf32 variants of the published shape, and the resident ones, and compare."""
+    """Compile a subset and compare it with the table, and the whole table with what is asked of every variant."""
     with table_path.open(newline="") as file:
         table = list(csv.DictReader(file))
-    subset = [v for v in variants(precisions=("bf16", "tf32")) if v.shape != "tiny" or v.precision == "bf16"]
-    subset.append(Variant("forward", "published", "fp32"))
+    subset = checked()
     found = [text for v in subset for a in ARCHITECTURES for text in differences(resources(v, a), table)]
+    for row in table:
+        numbers = {column: int(text) if text.isdecimal() else text for column, text in row.items()}
+        found += differences(numbers, [])[:-1]  # the last says that it is in no table
     print(f"{len(subset) * len(ARCHITECTURES)} variants compiled with Triton {triton.__version__}")
     print("\n".join(found))
     return 1 if found else 0
@@ -199,15 +254,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.check:
         return check(arguments.out)
+    rows = []
+    for variant in variants():
+        for architecture in ARCHITECTURES:
+            rows.append(row := resources(variant, architecture))
+            print("  ".join(str(row[name]).rjust(9) for name in COLUMNS[:-1]), flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for variant in variants():
-            for architecture in ARCHITECTURES:
-                row = resources(variant, architecture)
-                writer.writerow(row)
-                print("  ".join(str(row[name]).rjust(9) for name in COLUMNS[:-1]), flush=True)
+        writer.writerows(rows)
     return 0
 
 

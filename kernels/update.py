@@ -102,10 +102,11 @@ def apply_piece(
     OPTIMIZER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """New parameters of one piece of a tensor, also as operands; returns how many are not finite."""
-    p = tl.load(p_p + offsets, mask=mask, other=0.0)
-    if OPTIMIZER == "sgd":
-        p -= lr * gradient(p_parts, parts, stride, offsets, mask, unit)
+    if OPTIMIZER == "sgd":  # the gradient first: with p held meanwhile, sm_90 spills
+        step = lr * gradient(p_parts, parts, stride, offsets, mask, unit)
+        p = tl.load(p_p + offsets, mask=mask, other=0.0) - step
     else:
+        p = tl.load(p_p + offsets, mask=mask, other=0.0)
         m = tl.load(p_m + offsets, mask=mask, other=0.0)
         v = tl.load(p_v + offsets, mask=mask, other=0.0)
         if OPTIMIZER == "lamb":

@@ -63,7 +63,7 @@ def test_a_block_that_the_device_does_not_hold_is_halved(error, tmp_path, monkey
 @interpreted
 def test_an_old_triton_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(engine_module.triton, "__version__", "3.2.0")
-    with pytest.raises(ValueError, match=r"Triton 3\.2\.0 is too old; 3\.3"):
+    with pytest.raises(ValueError, match=r"Triton 3\.2\.0 is too old; use 3\.3"):
         engine_module.TritonEngine("fp32")
 
 

@@ -93,7 +93,7 @@ def choose_launch(architecture: int, N: int, m: int, k: int, o: int, B: int, pre
     return Launch(
         regime="resident" if resident else "streamed",
         M=M,
-        BN=power_of_two(N, 16, 64 if M <= 128 else 16),
+        BN=power_of_two(N, 16, 32 if M <= 128 else 16),
         BR=power_of_two(B, 16, row_tile),
         BK=power_of_two(k, 16, neurons),
         BO=power_of_two(o, 16, outputs),

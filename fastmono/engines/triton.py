@@ -211,7 +211,9 @@ class TritonEngine:
         if is_interpreting() and precision == "bf16":
             raise ValueError("precision='bf16': Triton's interpreter computes it wrongly; use fp32 or tf32")
         if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
-            raise ValueError(f"engine='triton': Triton {triton.__version__} is too old; 3.3 (PyTorch 2.7) is needed")
+            raise ValueError(
+                f"engine='triton': Triton {triton.__version__} is too old; use 3.3 (PyTorch 2.7) or engine='cpu'"
+            )
         self.precision = precision
         self.device = torch.device("cpu" if is_interpreting() else "cuda")
         self.architecture = 0
