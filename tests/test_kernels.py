@@ -227,7 +227,7 @@ def test_a_nan_is_seen_at_its_step_and_stays_in_its_model(regime, monkeypatch):
     def plant(block):
         for model, where in zip(block.models[1:], wheres, strict=False):
             if where in model.tensors:
-                model.tensors[where].view(-1)[3] = torch.nan
+                model.tensors[where][..., 3] = torch.nan
             elif where != "lr":
                 getattr(model, where)[3] = torch.nan
 
