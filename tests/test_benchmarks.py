@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import compare, throughput
 from benchmarks.contestants import ENTRIES, make
-from benchmarks.contestants.base import Unavailable, factor_table, rate_table
+from benchmarks.contestants.base import Unavailable, factor_table, rate_table, stream_seed
 from benchmarks.contestants.bmm import Bmm
 from benchmarks.contestants.ours import Ours
 from benchmarks.contestants.pool import decode, encode, shares
@@ -203,6 +203,15 @@ def test_state_refuses_other_recipes_and_uneven_streams():
         State.initial([SMOKE, SMOKE.replace(batch_size=32)])
     with pytest.raises(ValueError, match="stand together"):
         state.select([0, 1, 2, 4])
+
+
+def test_streams_of_different_seeds_and_steps_draw_different_numbers():
+    draws = {
+        float(torch.rand((), generator=torch.Generator().manual_seed(stream_seed(2**20 + seed, step))))
+        for seed in range(20)
+        for step in (0, 1, 2048)
+    }
+    assert len(draws) == 60
 
 
 @pytest.mark.parametrize("streams,group,workers", [(1, 12, 2), (8, 12, 2), (64, 16, 16), (1, 1, 16), (3, 5, 2)])

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastmono.block import Block, Model, views
 from fastmono.engines import cpu as cpu_engine
-from fastmono.engines import cpu_kernels, cpu_rows, cpu_sampler, simd
+from fastmono.engines import cpu_dense, cpu_kernels, cpu_rows, cpu_sampler, simd
 from fastmono.engines.cpu import CpuEngine
 from fastmono.engines.reference import ReferenceEngine
 from fastmono.philox import FeatureSampler
@@ -85,9 +85,9 @@ def test_relu_with_dense_products_agrees_with_the_reference(task: str) -> None:
 def test_row_tiles_with_a_short_last_one_agree_with_the_reference(
     task: str, activation: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_engine, "TILE_NUMBERS", 1)  # tiles of 32, 32 and 13 rows
+    monkeypatch.setattr(cpu_dense, "TILE_NUMBERS", 1)  # tiles of 32, 32 and 13 rows
     base = spec_of(task=task, activation=activation, optimizer=optimizer)
-    assert cpu_engine.tile_rows(base) == 32
+    assert cpu_dense.tile_rows(base) == 32
     compare_with_reference(base)
 
 
@@ -97,8 +97,8 @@ def test_row_tiles_with_a_short_last_one_agree_with_the_reference(
 )
 def test_batch_larger_than_a_row_tile_agrees_with_the_reference(task: str, activation: str, optimizer: str) -> None:
     base = spec_of(task=task, activation=activation, optimizer=optimizer, **TILED)
-    assert cpu_engine.tile_rows(base) < base.batch_size / 2  # three tiles, the last one shorter
-    assert base.batch_size % cpu_engine.tile_rows(base)
+    assert cpu_dense.tile_rows(base) < base.batch_size / 2  # three tiles, the last one shorter
+    assert base.batch_size % cpu_dense.tile_rows(base)
     compare_with_reference(base)
 
 
@@ -130,14 +130,14 @@ def test_odd_shapes_agree_with_the_reference(task: str, shape: dict[str, object]
             assert float((found.models[i].tensors[name] - right).norm()) <= allowed, name
 
 
-RELU_SHAPES = {  # whether z comes from the features present, and the shape
-    "every width of piece, more than one tile and block": (True, {
+RELU_SHAPES = {  # the path that they take, and the shape
+    "every width of piece, more than one tile and block": ("features", {
         "n_features": 245, "d_embed": 37, "n_neurons": 150, "batch_size": 400, "feature_prob": 0.05,
     }),
-    "all features present": (False, {
+    "all features present": ("embedding", {
         "n_features": 16, "d_embed": 16, "n_neurons": 40, "batch_size": 70, "feature_prob": 1.0, "frequency": "uniform",
     }),
-    "an embedding of more than one piece": (False, {
+    "an embedding of more than one piece": ("embedding", {
         "n_features": 150, "d_embed": 145, "n_neurons": 20, "batch_size": 65, "feature_prob": 0.1,
     }),
 }  # fmt: skip
@@ -147,10 +147,10 @@ RELU_SHAPES = {  # whether z comes from the features present, and the shape
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_relu_of_every_arrangement_agrees_with_the_reference(task: str, shape: str) -> None:
-    through, fields = RELU_SHAPES[shape]
+    path, fields = RELU_SHAPES[shape]
     base = spec_of(task=task, **fields)
     specs = [s.replace(frequency=fields.get("frequency", s.frequency)) for s in mixed_specs(base)]
-    assert cpu_engine.through_features(base) == through
+    assert cpu_engine.path_of(base) == path
     truth, reference, found = Block.new(specs, torch.float64), Block.new(specs), Block.new(specs)
     for engine, block in ((ReferenceEngine(), truth), (ReferenceEngine(), reference), (CpuEngine(), found)):
         engine.advance(block, 3)
@@ -159,6 +159,32 @@ def test_relu_of_every_arrangement_agrees_with_the_reference(task: str, shape: s
             worse = float((reference.models[i].tensors[name] - right).norm())
             allowed = 3 * worse + base.batch_size**0.5 * 2.0**-24 * float(right.norm())
             assert float((model.tensors[name] - right).norm()) <= allowed, (i, name)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("task", ["decoder", "abs"])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_gram_matrices_of_narrow_layers_agree_with_the_reference(
+    task: str, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_engine, "LEAST_NARROW", 1)
+    monkeypatch.setattr(cpu_dense, "TILE_NUMBERS", 1)  # tiles of 32, 32 and 13 rows
+    base = spec_of(task=task, activation=activation, n_features=53, n_neurons=19)
+    assert cpu_engine.path_of(base) == "narrow"
+    assert cpu_engine.path_of(base.replace(n_neurons=27)) != "narrow"  # wider than half the outputs
+    assert (cpu_engine.path_of(base.replace(init_bias=-0.1)) == "narrow") == (activation != "relu")
+    compare_with_reference(base)
+
+
+def test_models_of_one_shape_that_take_different_paths_keep_their_bits_in_company() -> None:
+    few = spec_of(n_features=40, d_embed=20, n_neurons=24, batch_size=200, feature_prob=0.05)
+    specs = [few, few.replace(feature_prob=0.9), few.replace(lr=0.02)]
+    assert {cpu_engine.path_of(spec) for spec in specs} == {"features", "embedding"}
+    for order in ([0, 1, 2], [1, 2, 0]):
+        together, losses = train(CpuEngine, [specs[i] for i in order], 4)
+        for at, i in enumerate(order):
+            alone, alone_losses = train(CpuEngine, [specs[i]], 4)
+            assert same_state(alone[0], together[at]) and same_bits(alone_losses[0], losses[at])
 
 
 @pytest.mark.parametrize("step", [0, 2**32 - 1])

@@ -96,7 +96,7 @@ class JaxVmap(Contestant):
             for one in part
         )
         # The default generator: on 2 CPU cores (jax 0.10.2, 512 x 128 numbers) half the time of "rbg".
-        key = self.jax.random.key(stream_seed(spec.seed, state.step) % 2**32)
+        key = self.jax.random.key(stream_seed(spec.seed, state.step))
         self.carry = (p, m, v, self.jax.device_put(key, self.place))
         self.PT = self._put(state.P.mT)
         self.lr = torch.tensor([spec.lr for spec in state.specs], dtype=torch.float64)

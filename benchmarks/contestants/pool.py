@@ -111,14 +111,16 @@ def decode(message: dict[str, Any]) -> State:
 
 
 def shares(state: State, workers: int) -> list[list[int]]:
-    """Models of each worker: whole streams where they divide evenly, else an equal part of every stream."""
+    """Models of each worker: whole streams where they divide evenly, else every so-manyth model of every stream.
+
+    Neighbours in a stream are alike (learning rates of one bias), and what they cost differs by how sparse they are.
+    """
     S, G = state.n_streams, state.group
     usable = next(w for w in range(workers, 0, -1) if S % w == 0 or G % w == 0)
     if S % usable == 0:
         size = S // usable * G
         return [list(range(i * size, (i + 1) * size)) for i in range(usable)]
-    size = G // usable
-    return [[s * G + g for s in range(S) for g in range(i * size, (i + 1) * size)] for i in range(usable)]
+    return [[s * G + g for s in range(S) for g in range(i, G, usable)] for i in range(usable)]
 
 
 class Pool(Contestant):

@@ -327,3 +327,37 @@ def embed(p, step, x, e):
     starts = p.STARTS + 4 * step * (p.B + 1)
     for r in range(p.B):
         embed_sample(p, starts, r, x + 4 * r * p.M, e + 4 * r * p.O)
+
+
+@entry
+def embed_narrow(p, step, x, t):
+    """x [B, M] and tau W_out [B, K] of the batch of a step, for decoder and abs; returns the sum of tau^2.
+
+    W_out, [N, K], is at the address p.G_T.
+    """
+    starts, total = p.STARTS + 4 * step * (p.B + 1), 0.0
+    for r in range(p.B):
+        first, last = get_int(starts, r), get_int(starts, r + 1)
+        fill(x, r * p.M, p.M)
+        add_whole_rows(p.VALUES, p.INDICES, first, last, p.P_T, p.M, x, r * p.M)
+        for c in range(0, p.K, REGISTER):
+            row = splat(ZERO, REGISTER)
+            for i in range(first, last):
+                tau = abs(get_float(p.VALUES, i))
+                row = multiply_add(tau, load(p.G_T, get_int(p.INDICES, i) * p.K + c, REGISTER), row)
+            store(t, r * p.K + c, row)
+        for i in range(first, last):
+            tau = get_float(p.VALUES, i)
+            total += tau * tau
+    return total
+
+
+@entry
+def add_target_products(p, step, first, count, h, out):
+    """out [N, K] += tau^T h for samples first to first + count, with their h [count, K] at the address h."""
+    starts = p.STARTS + 4 * step * (p.B + 1)
+    for r in range(count):
+        for i in range(get_int(starts, first + r), get_int(starts, first + r + 1)):
+            tau, row = abs(get_float(p.VALUES, i)), get_int(p.INDICES, i) * p.K
+            for c in range(0, p.K, REGISTER):
+                store(out, row + c, multiply_add(tau, load(h, r * p.K + c, REGISTER), load(out, row + c, REGISTER)))

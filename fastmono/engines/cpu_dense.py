@@ -1,0 +1,117 @@
+"""Gradients by dense products, PyTorch's, for nonlinearities without zeros: row tiles that stay in cache.
+
+A narrow layer does without its outputs. With G = W_out^T W_out, S = sum of h h^T over samples and C = tau^T h,
+
+    dh = h G - tau W_out          dW_out^T = S W_out^T - C^T          |e|^2 = h (dh - tau W_out) + |tau|^2
+
+in units of 2/B: products of k x k instead of k x N, and tau W_out and C come from the present features alone. Where
+k <= N / 2 the terms that cancel are at most a few times what is left, as its output cannot come close to all targets.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmono.block import Model, padded
+from fastmono.engines import cpu_kernels as kernels
+from fastmono.spec import ModelSpec
+from fastmono.tasks import ACTIVATION, DERIVATIVE
+
+if TYPE_CHECKING:
+    from fastmono.engines.cpu import Workspace
+
+TILE_NUMBERS = 2**17
+"""Activations a row tile holds at most: h and dh then take 1 MiB together."""
+
+
+def tile_rows(spec: ModelSpec) -> int:
+    """Rows worked on at a time: a function of the model's shape alone, since it orders the sums."""
+    return min(spec.batch_size, max(32, TILE_NUMBERS // max(spec.n_neurons, spec.d_output)))
+
+
+class Views:
+    """Parameters, gradients and buffers of a model as matrices, in padded rows."""
+
+    def __init__(self, model: Model, work: Workspace) -> None:
+        spec = model.spec
+        k, M, self.O = spec.n_neurons, padded(spec.d_embed), padded(spec.d_output)
+        at_b, at_out = k * M, k * M + padded(k)
+        self.W_in, self.b = model.parameters[:at_b].view(k, M), model.tensors["b"]
+        self.W_outT = model.parameters[at_out:].view(k, self.O)
+        self.dW_in, self.db = work.gradient[:at_b].view(k, M), work.gradient[at_b : at_b + k]
+        self.dW_outT = work.gradient[at_out:].view(k, self.O)
+        self.x = work.buffers["X"].view(-1, M)
+        self.z, self.dh = (work.buffers[name].view(-1, padded(k))[:, :k] for name in ("Z", "DZ"))
+
+    def add_inner(self, spec: ModelSpec, h: Tensor, z: Tensor, dh: Tensor, x: Tensor, earlier: float) -> None:
+        """dW_in and db of a tile from its dh, which becomes dz; added to what is there, or not (earlier 0)."""
+        if spec.l1:
+            dh.add_(h.sign(), alpha=spec.l1 / 2)
+        dz = dh.mul_(DERIVATIVE[spec.activation](z))
+        torch.addmm(self.dW_in, dz.T, x, beta=earlier, out=self.dW_in)
+        torch.addmv(self.db, dz.T, torch.ones(len(x)), beta=earlier, out=self.db)
+
+
+def dense_gradients(model: Model, work: Workspace, problem: kernels.Problem, step: int) -> float:
+    """Fill `work.gradient` from a step's batch, in units of 2/B, and return the logged loss."""
+    spec, v = model.spec, Views(model, work)
+    outputs = work.buffers["E"].view(-1, v.O)
+    kernels.embed(problem, step, problem.X, problem.E)
+    loss, rows = 0.0, tile_rows(spec)
+    for start in range(0, spec.batch_size, rows):
+        x, e = v.x[start : start + rows], outputs[start : start + rows]
+        z, dh = v.z[: len(x)], v.dh[: len(x)]
+        earlier = 0.0 if start == 0 else 1.0
+        torch.addmm(v.b, x, v.W_in.T, out=z)
+        h = ACTIVATION[spec.activation](z)
+        torch.addmm(e, h, v.W_outT, out=e)
+        loss += float(torch.dot(e.view(-1), e.view(-1)))
+        torch.addmm(v.dW_outT, h.T, e, beta=earlier, out=v.dW_outT)
+        torch.mm(e, v.W_outT.T, out=dh)
+        v.add_inner(spec, h, z, dh, x, earlier)
+    return loss / spec.batch_size
+
+
+def narrow_gradients(model: Model, work: Workspace, problem: kernels.Problem, step: int) -> float:
+    """The same by Gram matrices, for decoder and abs."""
+    spec, v = model.spec, Views(model, work)
+    N, k, K = spec.n_features, spec.n_neurons, padded(spec.n_neurons)
+    W_out, targets = work.buffers["G_T"].view(N, K), work.buffers["E"].view(-1, K)
+    C, S, padded_h = work.buffers["C"].view(N, K), work.buffers["S"].view(k, k), work.buffers["H"].view(-1, K)
+    W_out[:, :k] = v.W_outT[:, :N].T
+    G = v.W_outT @ v.W_outT.T
+    loss, rows = kernels.embed_narrow(problem, step, problem.X, problem.E), tile_rows(spec)
+    C.zero_()
+    for start in range(0, spec.batch_size, rows):
+        x, t = v.x[start : start + rows], targets[start : start + rows, :k]
+        z, dh, h = v.z[: len(x)], v.dh[: len(x)], padded_h[: len(x), :k]
+        earlier = 0.0 if start == 0 else 1.0
+        torch.addmm(v.b, x, v.W_in.T, out=z)
+        h.copy_(ACTIVATION[spec.activation](z))
+        torch.addmm(t, h, G, beta=-1, out=dh)
+        loss += float((h * (dh - t)).sum())
+        torch.addmm(S, h.T, h, beta=earlier, out=S)
+        kernels.add_target_products(problem, step, start, len(x), problem.H, work.buffers["C"].data_ptr())
+        v.add_inner(spec, h, z, dh, x, earlier)
+    torch.mm(S, v.W_outT, out=v.dW_outT)
+    v.dW_outT[:, :N] -= C[:, :k].T
+    return loss / spec.batch_size
+
+
+def dense_steps(model: Model, work: Workspace, problem: kernels.Problem, n: int) -> int:
+    """What `kernels.train` does, with dense products: the first n rates and factors of `work`, losses into it."""
+    gradients = narrow_gradients if work.path == "narrow" else dense_gradients
+    unit = np.float32(2 / model.spec.batch_size)
+    for step in range(n):
+        loss = gradients(model, work, problem, step)
+        work.losses[step] = loss
+        lr, factor = np.float32(work.rates[step].item()), np.float32(work.factors[step].item())
+        finite = kernels.update(problem, unit, lr, work.corrections.data_ptr(), step, factor)
+        if not (finite and math.isfinite(work.losses[step])):
+            return step
+    return n
