@@ -130,12 +130,15 @@ class Model:
 
 
 class Block:
-    """Models that an engine advances together, all at the same step and of one shape class (`shape_class`)."""
+    """Models that an engine advances together, of one shape class (`shape_class`).
+
+    All are at the same step; a model whose own steps are done stays as it is while the others go on.
+    """
 
     def __init__(self, models: Sequence[Model], step: int = 0) -> None:
         self.models = list(models)
         self.step = step
-        """Updates already made."""
+        """Updates already made, but for a model with fewer steps of its own."""
 
     @classmethod
     def new(cls, specs: Iterable[ModelSpec], dtype: torch.dtype = torch.float32) -> Block:
@@ -152,12 +155,44 @@ class Block:
         return [i for i, m in enumerate(self.models) if m.diverged_step is None and self.step < m.spec.steps]
 
 
-def shape_class(spec: ModelSpec) -> tuple[object, ...]:
-    """Models of one block agree in this; seed, learning rate, biases, l1 and the distribution's skew may differ."""
+def shape_class(spec: ModelSpec, mixes_widths: bool = False) -> tuple[object, ...]:
+    """Models of one block agree in this; seed, learning rate, biases, l1 and the distribution's skew may differ.
+
+    `mixes_widths`: for an engine whose blocks hold any numbers of neurons and of steps.
+    """
+    width, length = ((), ()) if mixes_widths else ((spec.n_neurons,), (spec.steps,))
     return (
-        spec.task, spec.n_features, spec.d_embed, spec.n_neurons,
-        spec.activation, spec.optimizer, spec.batch_size, spec.steps,
+        spec.task, spec.n_features, spec.d_embed, *width,
+        spec.activation, spec.optimizer, spec.batch_size, *length,
     )  # fmt: skip
+
+
+def parts(specs: Iterable[ModelSpec]) -> list[list[int]]:
+    """Indices of a block's models, those of one width and number of steps together: files stack equal shapes."""
+    found: dict[object, list[int]] = {}
+    for i, spec in enumerate(specs):
+        found.setdefault(shape_class(spec), []).append(i)
+    return list(found.values())
+
+
+def share_projections(models: Iterable[Model]) -> None:
+    """Let models whose projections are equal hold the same tensors: engines and files keep one copy of these.
+
+    Those that were read from different files do not, and a seed does not tell: the file may come from another machine.
+    """
+    distinct: dict[object, list[Model]] = {}
+    for model in models:
+        found = distinct.setdefault((model.spec.seed, model.P.shape), [])
+        for other in found:
+            if _equal(model.P, other.P) and _equal(model.P2, other.P2):
+                model.P, model.P2 = other.P, other.P2
+                break
+        else:
+            found.append(model)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def round_to_tf32(x: Tensor) -> Tensor:

@@ -10,20 +10,21 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fastmono.block import flat_size, shape_class, single_thread
-from fastmono.engines import engine_class
+from fastmono.block import flat_size, parts, shape_class, single_thread
+from fastmono.engines import engine_class, mixes_widths
 from fastmono.metrics import EVALUATION_SAMPLES, NAMES
 from fastmono.philox import stream_key
 from fastmono.spec import Grid, ModelSpec
 from fastmono.store import KEPT_STATES, LOG_EVERY, SCHEMA, Saved, checkpoint_steps
-from fastmono.trainer import BlockJob, Options, keeps_checkpoint, steps_left
+from fastmono.trainer import BlockJob, Options, SavedModel, jobs_by_step, keeps_checkpoint, steps_left
 
 MEMORY_SHARE = 0.8
 """Of the memory that is free, what a run may plan to use."""
@@ -137,13 +138,14 @@ def model_bytes(spec: ModelSpec) -> int:
 
 
 def block_bytes(specs: Iterable[ModelSpec], engine: str) -> int:
-    """Memory that training models of one shape takes, beyond the process itself."""
+    """Memory that training a block takes, beyond the process itself."""
     specs = list(specs)
-    spec = specs[0]
+    spec = max(specs, key=lambda s: s.n_neurons)
     workspace = engine_class(engine).workspace_bytes(spec, len({stream_key(s) for s in specs}))
     held_out = 4 * min(EVALUATION_SAMPLES * spec.n_features, 2**24) + 2**22
     drawing = 8 * max(5 * spec.n_features * spec.d_embed, 8 * spec.n_neurons * max(spec.d_embed, spec.d_output))
-    saving = 2 * max(map(model_bytes, specs)) * len(specs)  # stacked, and as the bytes of a file
+    # Stacked, and as the bytes of a file: one part after another.
+    saving = max(2 * sum(model_bytes(specs[i]) for i in rows) for rows in parts(specs))
     return sum(map(model_bytes, specs)) + workspace + max(held_out, drawing, saving)
 
 
@@ -194,12 +196,12 @@ def make_plan(
         ValueError: a model does not fit this machine's memory.
     """
     hashes = content_hashes(grid, options)
-    sharing: dict[object, int] = {}
-    for spec in grid:
-        key = shape_class(spec), stream_key(spec)
-        sharing[key] = sharing.get(key, 0) + 1
+    mixes = mixes_widths(options.engine)
+    sharing = Counter((shape_class(spec, mixes), stream_key(spec)) for spec in grid)
     cost = [
-        seconds_left(spec, saved.get(name), options.engine, machine, sharing[shape_class(spec), stream_key(spec)])
+        seconds_left(
+            spec, saved.get(name), options.engine, machine, sharing[shape_class(spec, mixes), stream_key(spec)]
+        )
         for spec, name in zip(grid, hashes, strict=True)
     ]
     left = [i for i, seconds in enumerate(cost) if seconds]
@@ -212,7 +214,11 @@ def make_plan(
         workers = _fitting_workers([grid[i] for i in left], options.engine, workers, budget)
         budget = budget // workers - PROCESS_BYTES
 
-    order = sorted(range(len(grid)), key=lambda i: (repr(shape_class(grid[i])), repr(stream_key(grid[i])), i))
+    def place(i: int) -> tuple[object, ...]:  # where a block mixes widths, those of one stand together
+        spec = grid[i]
+        return repr(shape_class(spec, mixes)), spec.n_neurons, spec.steps, repr(stream_key(spec)), i
+
+    order = sorted(range(len(grid)), key=place)
     members: list[list[int]] = [[] for _ in range(workers)]
     before, total = 0.0, sum(cost) or 1.0
     for i in order:  # by the middle of its cost, so that small differences do not move a model to another worker
@@ -255,7 +261,7 @@ def _fitting_workers(specs: Iterable[ModelSpec], engine: str, workers: int, budg
     return min(workers, budget // needed)
 
 
-def _fits(specs: list[ModelSpec], options: Options, budget: int | None, machine: Machine) -> bool:
+def _fits(specs: Sequence[ModelSpec], options: Options, budget: int | None, machine: Machine) -> bool:
     """Whether a block fits the host's memory, and the device's where it has one."""
     if budget is not None and block_bytes(specs, options.engine) > budget:
         return False
@@ -271,22 +277,21 @@ def _gib(count: float) -> str:
     return f"{count / 2**30:,.1f} GiB"
 
 
-def _blocks(
-    models: list[tuple[ModelSpec, str, Saved | None]], options: Options, budget: int | None, machine: Machine
-) -> tuple[BlockJob, ...]:
+def _blocks(models: list[SavedModel], options: Options, budget: int | None, machine: Machine) -> tuple[BlockJob, ...]:
     """Blocks of one shape class and step that fit the budget; those with nothing left to train are dropped."""
+    mixes = mixes_widths(options.engine)
 
-    def key(model: tuple[ModelSpec, str, Saved | None]) -> tuple[str, int]:
-        return repr(shape_class(model[0])), model[2].step if model[2] else 0
+    def key(model: SavedModel) -> str:
+        return repr(shape_class(model[0], mixes))
 
     blocks = []
     for _, group in itertools.groupby(sorted(models, key=key), key):
-        group_models = list(group)
-        size = len(group_models)
-        while size > 1 and not _fits([m[0] for m in group_models[:size]], options, budget, machine):
-            size = -(-size // 2)
-        for start in range(0, len(group_models), size):
-            part = group_models[start : start + size]
-            if any(steps_left(spec, saved) for spec, _, saved in part):
-                blocks.append(BlockJob(*(tuple(column) for column in zip(*part, strict=True))))
-    return tuple(blocks)
+        for job in jobs_by_step(group):
+            size, start = len(job.specs), 0
+            while start < len(job.specs):
+                # Wider models, which come later, may leave room for fewer.
+                while size > 1 and not _fits(job.specs[start : start + size], options, budget, machine):
+                    size = -(-size // 2)
+                blocks.append(job.part(slice(start, start + size)))
+                start += size
+    return tuple(job for job in blocks if any(map(steps_left, job.specs, job.saved)))

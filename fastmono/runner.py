@@ -215,7 +215,7 @@ class _Session:
             name: "pending" if steps_left(spec, plan.saved.get(name)) else "done" for spec, name in plan.items()
         }
         self.failures: list[str] = []
-        self.telemetry = Telemetry(directory, plan.hashes)
+        self.telemetry = Telemetry(directory, {name: spec.flops_per_step for spec, name in plan.items()})
         self.last_table, self.table_cost = time.monotonic(), 0.0
         self.awaited, self.reached = self._awaited_checkpoints(), set[int]()
         directory.write_grid(
@@ -288,9 +288,11 @@ class _Session:
             self.telemetry.started(event["models"], worker, device_name(self.plan.options.engine))
             self.progress.log(f"worker {worker}: {len(event['models'])} models from step {event['step']:,}")
         elif kind == "progress":
-            self.telemetry.add(event["models"], event["model_steps"], event["seconds"], self._joules_since())
+            self.telemetry.add(event["trained"], event["model_steps"], event["seconds"], self._joules_since())
         elif kind == "checkpoint":
-            self.progress.log(f"worker {worker}: checkpoint after step {event['step']:,}")
+            self.progress.log(
+                f"worker {worker}: checkpoint after step {event['step']:,}, {len(event['models'])} models"
+            )
             if event["last"]:
                 self.statuses |= dict.fromkeys(event["models"], "done")
             self._reach(event["step"], event["models"])

@@ -90,14 +90,16 @@ def _logged(directory: RunDirectory, paths: set[str]) -> tuple[dict[str, tuple[T
 class Telemetry:
     """What training took, summed over the sessions of a run; not a result, and not reproducible."""
 
-    def __init__(self, directory: RunDirectory, hashes: Sequence[str]) -> None:
+    def __init__(self, directory: RunDirectory, flops: Mapping[str, int]) -> None:
+        """`flops`: each model's operations a step, by its content hash, in the grid's order."""
+        self.flops = flops
         self.path = directory.path / "telemetry.csv"
         self.rows: dict[str, dict[str, Any]] = {}
         earlier: dict[str, dict[str, str]] = {}
         if self.path.exists():
             with suppress(BadFile):  # it holds no result: one that is damaged is begun anew
                 earlier = {row["hash"]: row for row in read_csv(self.path, TELEMETRY)}
-        for i, name in enumerate(hashes):
+        for i, name in enumerate(flops):
             row: dict[str, Any] = dict.fromkeys(TELEMETRY)
             row |= {"sessions": 0, "seconds": 0.0, "model_steps": 0}
             with suppress(KeyError, ValueError):
@@ -114,12 +116,15 @@ class Telemetry:
             row |= {"device": device, "worker": worker, "sessions": row["sessions"] + 1}
 
     def add(self, models: Sequence[str], model_steps: int, seconds: float, joules: float | None = None) -> None:
-        """A block trained for so long, and took so much energy if that is known: shared equally by its models."""
+        """These models of a block trained for so long, all of them as many steps, and took so much energy if that is
+        known: each its share of the operations."""
+        total = sum(self.flops[name] for name in models)
         for name in models:
-            self.rows[name]["seconds"] += seconds / len(models)
+            share = self.flops[name] / total
+            self.rows[name]["seconds"] += seconds * share
             self.rows[name]["model_steps"] += model_steps // len(models)
             if joules is not None:
-                self.rows[name]["joules"] = (self.rows[name]["joules"] or 0.0) + joules / len(models)
+                self.rows[name]["joules"] = (self.rows[name]["joules"] or 0.0) + joules * share
 
     def write(self) -> None:
         """Write telemetry.csv."""

@@ -1,21 +1,25 @@
 """Training of one block between the places where something is written; it knows nothing of kernels.
 
-Checkpoints lie after 1, 2, 4, 8, ... steps and the last. At each of them every model is measured, its parameters become
-the snapshot that a later divergence falls back to, and the full state is saved, as it is every `save_every` seconds.
-Where the steps are cut changes no bit of the result.
+Checkpoints lie after 1, 2, 4, 8, ... steps and a model's last. At each of them the model is measured, its parameters
+become the snapshot that a later divergence falls back to, and its full state is saved, as it is every `save_every`
+seconds. Where the steps are cut changes no bit of the result.
+
+Files stack models of equal shape. So a block of several widths or numbers of steps is written in parts, each until its
+own steps are done.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from fastmono.block import Block, EngineError, Model
+from fastmono.block import Block, EngineError, Model, parts, share_projections
 from fastmono.engines import engine_class
 from fastmono.files import BadFile
 from fastmono.metrics import NAMES, HeldOut, measure
@@ -27,6 +31,8 @@ SECONDS_A_CALL = 1.0
 before the next does, which keeps it in cache."""
 
 Event = dict[str, Any]
+SavedModel = tuple[ModelSpec, str, Saved | None]
+"""A model, its content hash, and where it continues (None: from its start)."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,21 @@ class BlockJob:
     specs: tuple[ModelSpec, ...]
     hashes: tuple[str, ...]
     saved: tuple[Saved | None, ...]
+
+    def part(self, which: slice) -> BlockJob:
+        """Some of the models."""
+        return BlockJob(self.specs[which], self.hashes[which], self.saved[which])
+
+
+def jobs_by_step(models: Iterable[SavedModel]) -> list[BlockJob]:
+    """Models of one shape class as blocks, one for each step that some of them are at, without those at their end."""
+
+    def step(model: SavedModel) -> int:
+        return model[2].step if model[2] else 0
+
+    left = sorted((model for model in models if step(model) < model[0].steps), key=step)
+    groups = [list(group) for _, group in itertools.groupby(left, step)]
+    return [BlockJob(*(tuple(column) for column in zip(*group, strict=True))) for group in groups]
 
 
 @dataclass(frozen=True)
@@ -55,12 +76,30 @@ def keeps_checkpoint(policy: str, step: int, steps: int) -> bool:
     return policy == "all" or (policy == "last" and step == steps)
 
 
+@dataclass(eq=False)
+class Part:
+    """The models of a block that have one width and one number of steps."""
+
+    rows: list[int]
+    """Their indices in the block."""
+    models: list[Model]
+    hashes: list[str]
+    steps: int
+    history: BlockHistory = field(default_factory=BlockHistory)
+    done: bool = False
+    """Its last checkpoint is written: nothing more is."""
+
+    def all_diverged(self) -> bool:
+        """Whether none of the models trains any more."""
+        return all(model.diverged_step is not None for model in self.models)
+
+
 class BlockTrainer:
     """Trains one block of a run to its end, or until it is told to stop.
 
     Args:
         directory: where checkpoints and states go.
-        report: called with a dict for each event; "kind" is progress, checkpoint or diverged.
+        report: called with a dict for each event; "kind" is start, progress, checkpoint or diverged.
         should_stop: asked between engine calls; when it says so, the state is saved and `run` returns False.
     """
 
@@ -75,66 +114,70 @@ class BlockTrainer:
         self.directory, self.job, self.options = directory, job, options
         self.report, self.should_stop = report, should_stop
         self.engine = engine_class(options.engine)(options.precision)
-        self.steps = job.specs[0].steps
-        self.history = BlockHistory()
         self.held_out = HeldOut()
-        self.block = self._start()
+        self.block, self.parts = self._start()
+        self.reported = {name for name, m in zip(job.hashes, self.block.models, strict=True) if m.diverged_step}
 
-    def _start(self) -> Block:
+    def _start(self) -> tuple[Block, list[Part]]:
+        job = self.job
         models: list[Model] = []
-        losses, measures = [], []
-        for spec, saved in zip(self.job.specs, self.job.saved, strict=True):
+        logged: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for i, (spec, saved) in enumerate(zip(job.specs, job.saved, strict=True)):
             if saved is None:
                 models.append(Model(spec))
             else:
                 model, *kept = self.directory.restore(spec, saved)
                 models.append(model)
-                losses.append(kept[0])
-                measures.append(kept[1])
-        if len(losses) == len(models):  # else the block is at step 0, where nothing has been logged
-            self.history = BlockHistory([*torch.stack(losses).unbind(1)], [*torch.stack(measures).unbind(1)])
-        first = self.job.saved[0]
-        self.reported = {name for name, model in zip(self.job.hashes, models, strict=True) if model.diverged_step}
-        return Block(models, first.step if first else 0)
+                logged[i] = kept[0], kept[1]
+        share_projections(models)
+        found = []
+        for rows in parts(job.specs):
+            part = Part(rows, [models[i] for i in rows], [job.hashes[i] for i in rows], job.specs[rows[0]].steps)
+            if logged.keys() >= set(rows):  # else the block is at step 0, where nothing has been logged
+                losses, measures = (torch.stack(each).unbind(1) for each in zip(*map(logged.get, rows), strict=True))
+                part.history = BlockHistory([*losses], [*measures])
+            found.append(part)
+        first = job.saved[0]
+        return Block(models, first.step if first else 0), found
 
     def run(self) -> bool:
         """Train. Returns whether the end was reached. Whatever happens, the newest saved state stays good."""
         block, last_save = self.block, time.monotonic()
         self.report({"kind": "start", "models": list(self.job.hashes), "step": block.step})
         if block.step == 0:
-            self._checkpoint()
+            self._checkpoint(self.parts, 0)
         steps_a_call = 1
-        while block.step < self.steps:
+        while training := [part for part in self.parts if not part.done]:
             if self.should_stop():
-                self._save()
+                self._save(training)
                 return False
-            n = min(self._next_cut(), block.step + steps_a_call) - block.step
+            n = min(block.step + steps_a_call, *self._cuts(training)) - block.step
             started = time.monotonic()
-            trained = len(block.active())
-            self._log(n, self.engine.advance(block, n))
+            trained = block.active()
+            self._log(training, n, self.engine.advance(block, n))
             self._freeze_diverged()
             seconds = time.monotonic() - started
             # Doubling at most: one call that was quick by chance must not make the next one last for minutes.
-            steps_a_call = max(1, min(2 * n, int(n * SECONDS_A_CALL / max(seconds, 1e-9))))
-            if block.step == self.steps or block.step & (block.step - 1) == 0:
-                self._checkpoint()
+            # But a call that was short for the sake of a checkpoint says nothing against those before.
+            steps_a_call = max(1, min(max(2 * n, steps_a_call), int(n * SECONDS_A_CALL / max(seconds, 1e-9))))
+            if self._checkpoints(training):
                 last_save = time.monotonic()
-            elif all(model.diverged_step for model in block.models):
-                block.step = self.steps  # nothing is left to train, and frozen models stay as they are
-                self._checkpoint()
             elif time.monotonic() - last_save >= self.options.save_every:
-                self._save()
+                self._save([part for part in training if not part.done])
                 last_save = time.monotonic()
             self._progress(n, trained, seconds)
         return True
 
-    def _next_cut(self) -> int:
-        return min(self.steps, 1 << self.block.step.bit_length())
+    def _cuts(self, training: Sequence[Part]) -> list[int]:
+        """The steps that no call of the engine passes: what comes next of the powers of two, and each part's last."""
+        return [1 << self.block.step.bit_length(), *(part.steps for part in training)]
 
-    def _log(self, n: int, losses: torch.Tensor) -> None:
-        for step in range(self.block.step - n + 1, self.block.step + 1):
-            if (step - 1) % LOG_EVERY == 0 or step == self.steps:
-                self.history.losses.append(losses[:, step - self.block.step - 1].clone())
+    def _log(self, training: Sequence[Part], n: int, losses: torch.Tensor) -> None:
+        for part in training:
+            own = losses[part.rows]
+            for step in range(self.block.step - n + 1, self.block.step + 1):
+                if (step - 1) % LOG_EVERY == 0 or step == part.steps:
+                    part.history.losses.append(own[:, step - self.block.step - 1].clone())
 
     def _freeze_diverged(self) -> None:
         for model, name in zip(self.block.models, self.job.hashes, strict=True):
@@ -143,21 +186,34 @@ class BlockTrainer:
                 model.freeze()
                 self.report({"kind": "diverged", "model": name, "step": model.diverged_step})
 
-    def _checkpoint(self) -> None:
+    def _checkpoints(self, training: Sequence[Part]) -> bool:
+        """Write what is due at this step. Returns whether that was all parts that still trained."""
+        step = self.block.step
+        # Nothing of these is left to train, and frozen models stay as they are until their last step.
+        frozen = [part for part in training if part.all_diverged()]
+        for part in frozen:
+            self._checkpoint([part], part.steps)
+        power = step & (step - 1) == 0
+        due = [part for part in training if part not in frozen and (power or step == part.steps)]
+        self._checkpoint(due, step)
+        return len(due) + len(frozen) == len(training)
+
+    def _checkpoint(self, due: Sequence[Part], step: int) -> None:
         """Snapshot, measure, write the checkpoint where it is wanted, and the state."""
-        block, hashes = self.block, self.job.hashes
-        self.engine.fetch(block)
-        for model in block.models:
-            if model.diverged_step is None:
-                model.snapshot.copy_(model.parameters)
-        if block.step > 0:
-            self.history.measures.append(torch.tensor([self._measure(m) for m in block.models], dtype=torch.float64))
-        kept = keeps_checkpoint(self.options.checkpoints, block.step, self.steps)
-        if kept:
-            self.directory.write_checkpoint(block.models, hashes, block.step)
-        self._save()
-        last = block.step == self.steps
-        self.report({"kind": "checkpoint", "step": block.step, "models": list(hashes), "kept": kept, "last": last})
+        if due:
+            self.engine.fetch(self.block)
+        for part in due:
+            for model in part.models:
+                if model.diverged_step is None:
+                    model.snapshot.copy_(model.parameters)
+            if step > 0:
+                part.history.measures.append(torch.tensor([self._measure(m) for m in part.models], dtype=torch.float64))
+            kept, last = keeps_checkpoint(self.options.checkpoints, step, part.steps), step == part.steps
+            if kept:
+                self.directory.write_checkpoint(part.models, part.hashes, step)
+            self.directory.write_state(part.models, part.hashes, step, part.history)
+            part.done = last
+            self.report({"kind": "checkpoint", "step": step, "models": part.hashes, "kept": kept, "last": last})
 
     def _measure(self, model: Model) -> list[float]:
         if model.diverged_step is not None:
@@ -167,20 +223,26 @@ class BlockTrainer:
             params["P2"] = model.P2
         return measure(params, model.spec, self.held_out)
 
-    def _save(self) -> None:
+    def _save(self, training: Sequence[Part]) -> None:
         self.engine.fetch(self.block)
-        self.directory.write_state(self.block.models, self.job.hashes, self.block.step, self.history)
+        for part in training:
+            self.directory.write_state(part.models, part.hashes, self.block.step, part.history)
 
-    def _progress(self, n: int, trained: int, seconds: float) -> None:
-        losses = self.history.losses[-1].tolist() if self.history.losses else []
-        shares = self.history.measures[-1][:, NAMES.index("mono_per_feature")].tolist() if self.history.measures else []
+    def _progress(self, n: int, trained: Sequence[int], seconds: float) -> None:
+        """`trained`: indices of the models that took part in the last n steps."""
+        mono = NAMES.index("mono_per_feature")
+        losses = [x for part in self.parts if part.history.losses for x in part.history.losses[-1].tolist()]
+        shares = [
+            x for part in self.parts if part.history.measures for x in part.history.measures[-1][:, mono].tolist()
+        ]
         self.report(
             {
                 "kind": "progress",
                 "models": list(self.job.hashes),
+                "trained": [self.job.hashes[i] for i in trained],
                 "step": self.block.step,
-                "model_steps": n * trained,
-                "flops": n * trained * self.job.specs[0].flops_per_step,
+                "model_steps": n * len(trained),
+                "flops": n * sum(self.job.specs[i].flops_per_step for i in trained),
                 "seconds": seconds,
                 "best_loss": min((loss for loss in losses if loss == loss), default=None),
                 "mono": max((share for share in shares if share == share), default=None),
@@ -220,11 +282,9 @@ def train_blocks(
             half = len(job.specs) // 2
             report({"kind": "warning", "text": f"out of memory with {len(job.specs)} models; on with {half} ({error})"})
             saved = directory.newest_states(job.hashes)
-            states = [saved.get(name) for name in job.hashes]
-            waiting[:0] = [
-                BlockJob(job.specs[part], job.hashes[part], tuple(states[part]))
-                for part in (slice(half), slice(half, None))
-            ]
+            models = [(spec, name, saved.get(name)) for spec, name in zip(job.specs, job.hashes, strict=True)]
+            # Parts of the block may have come to their end, or been saved, before others.
+            waiting[:0] = [*jobs_by_step(models[:half]), *jobs_by_step(models[half:])]
         except Exception as error:
             whole = False
             report({"kind": "block failed", "models": list(job.hashes), "text": describe_failure(error)})

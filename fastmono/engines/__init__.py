@@ -1,6 +1,7 @@
 """Engines: `reference` is the truth, `cpu` is fast without a GPU, `triton` is for CUDA GPUs.
 
-A trainer calls `advance`, and `fetch` before it looks at the parameters.
+A trainer calls `advance`, and `fetch` before it looks at the parameters. A block holds models of equal width and number
+of steps, or, for an engine that `mixes_widths`, of any.
 """
 
 from __future__ import annotations
@@ -45,6 +46,15 @@ class Engine(Protocol):
 
 
 ENGINES = ("reference", "cpu", "triton")
+
+
+def mixes_widths(name: str) -> bool:
+    """Whether an engine's blocks mix numbers of neurons and of steps.
+
+    For Triton a block is a launch, and the more models it holds, the fuller the device. The others train one model
+    after another, and gain nothing by it.
+    """
+    return name == "triton"
 
 
 def engine_class(name: str) -> type[Engine]:
