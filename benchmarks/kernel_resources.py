@@ -72,7 +72,7 @@ KERNELS = {
 
 def launch_of(variant: Variant, architecture: int) -> Launch:
     """The settings that the engine would choose."""
-    return choose_launch(architecture, *SHAPES[variant.shape], variant.precision)
+    return choose_launch(architecture, *SHAPES[variant.shape], variant.precision, variant.activation)
 
 
 TASKS = ({"task": "reprojector"}, {"task": "abs"})

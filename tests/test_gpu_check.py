@@ -44,4 +44,4 @@ def test_floors_of_the_papers_shape():
     assert forward[1] + backward[1] == 2 * (spec.flops_per_step + 2 * 8192 * 64 * 1024)  # z is computed twice
     assert found["project_kernel"] == (2 * (8192 + 512) * 64, 2 * 8192 * 512 * 64)  # one stream for both
     assert forward[0] == 2 * 2 * (8192 * 576 + 1024 * 576)
-    assert found["moments_kernel"][0] == 2 * 4 * (2 * (1024 * 512 + 8 * 1024 * 65) + 5 * 1024 * 577)
+    assert found["moments_kernel"][0] == 2 * 4 * (2 * (1024 * 512 + 4 * 1024 * 65) + 5 * 1024 * 577)

@@ -57,7 +57,9 @@ class Launch:
     num_stages: int
 
 
-def choose_launch(architecture: int, N: int, m: int, k: int, o: int, B: int, precision: str) -> Launch:
+def choose_launch(
+    architecture: int, N: int, m: int, k: int, o: int, B: int, precision: str, activation: str = "relu"
+) -> Launch:
     """Settings for a model of this shape on a CUDA architecture (90 for sm_90; 0 for the interpreter).
 
     The numbers are those at which no bf16 or tf32 kernel spills (benchmarks/results/kernel_resources.csv).
@@ -81,8 +83,8 @@ def choose_launch(architecture: int, N: int, m: int, k: int, o: int, B: int, pre
     elif half:
         # On sm_80 a tile of the gradient, 64 x 128 float32, leaves too few registers for its operands.
         row_tile, neurons, outputs, outputs_back = (128, 64 if roomy else 32, 128, 128)
-        if architecture // 10 == 9:
-            outputs_back = 64
+        if architecture // 10 == 9 and (activation != "relu" or M > 64):
+            outputs_back = 64  # their derivatives, or rows of dW_in, take the registers that 128 would need
     else:
         row_tile, neurons, outputs, outputs_back = (64, 32, 64, 64)
     BB = power_of_two(B, 16, min(row_tile, 64))

@@ -76,7 +76,9 @@ class Packed:
         self.spec, self.precision, self.device = spec, precision, device
         self.operand = OPERAND[precision]
         N, m, o, B = spec.n_features, spec.d_embed, spec.d_output, spec.batch_size
-        launches = [choose_launch(architecture, N, m, s.n_neurons, o, B, precision) for s in block.specs]
+        launches = [
+            choose_launch(architecture, N, m, s.n_neurons, o, B, precision, spec.activation) for s in block.specs
+        ]
         order = sorted(range(len(launches)), key=lambda i: repr(launches[i]))
         self.order = order
         self.models: list[Model] = [block.models[i] for i in order]
@@ -292,7 +294,7 @@ class TritonEngine:
         """Memory that a block takes on the device: what `Packed` allocates."""
         spec = specs[0]
         N, m, o, B = spec.n_features, spec.d_embed, spec.d_output, spec.batch_size
-        launches = [choose_launch(architecture, N, m, s.n_neurons, o, B, precision) for s in specs]
+        launches = [choose_launch(architecture, N, m, s.n_neurons, o, B, precision, spec.activation) for s in specs]
         M, LO, size = launches[0].M, -(-o // ROW_NUMBERS) * ROW_NUMBERS, OPERAND[precision].itemsize
         rows, A = sum(s.n_neurons for s in specs), len(specs)
         row_parts, parts, loss_parts = scratch_parts(launches, B, o)

@@ -1,0 +1,129 @@
+"""What each streamed kernel can reach at the most on an H100, from its own loops; no GPU is needed or measured.
+
+    python -m benchmarks.kernel_limits                       benchmarks/results/kernel_limits.csv, and the table printed
+
+For one model-step of the paper's shape in bf16, with the tiles that the engine chooses for sm_90:
+
+    useful      operations that the mathematics asks for       done       those of the kernel's loops: z is computed
+    memory      bytes that must pass once                                 again for every tile of outputs
+    cache       bytes that the tiles read and write, most of them from the second-level cache
+
+Floors: done over the rate of an 8192^3 product, memory over the copy bandwidth, both as measured elsewhere on an H100
+(design figures, not this project's); cache over a nominal 5.5 TB/s. The largest of a kernel's three is what limits it.
+`share` is the useful operations of the whole step at the product rate over the sum of the floors, kernel after kernel.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fastmono.engines.launch import Launch, choose_launch
+from fastmono.spec import ModelSpec
+
+OUT = Path(__file__).resolve().parent / "results" / "kernel_limits.csv"
+PRODUCT, COPY, CACHE = 798e12, 3.0e12, 5.5e12
+"""Operations a second in bf16, and bytes a second from memory and from cache."""
+SHARING = 12
+"""Models that share a stream: the projection is done once for all of them."""
+COLUMNS = (
+    "kernel", "useful_GFLOP", "done_GFLOP", "memory_MB", "cache_MB", "product_us", "memory_us", "cache_us",
+    "limited_by",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kernel's part of a model-step: operations and bytes."""
+
+    kernel: str
+    useful: float
+    done: float
+    memory: float
+    cache: float
+
+    def floors(self) -> dict[str, float]:
+        """Seconds that each limit alone would take."""
+        return {"product": self.done / PRODUCT, "memory": self.memory / COPY, "cache": self.cache / CACHE}
+
+
+def works(spec: ModelSpec, launch: Launch, size: int = 2) -> list[Work]:
+    """The streamed kernels' work for one model-step; operands of `size` bytes."""
+    B, N, k, o, M = spec.batch_size, spec.n_features, spec.n_neurons, spec.d_output, launch.M
+    rows, outputs, back = -(-B // launch.BR), -(-o // launch.BO), -(-o // launch.BP)
+    row_parts, neurons = -(-B // launch.rows), -(-k // launch.BK)
+    weights, numbers = k * (M + o), k * (M + o + 1)
+    x, e = B * M, B * o
+    partial_gradients = 4 * row_parts * (k * o + back * k * (M + 1))
+    return [
+        Work(
+            "project", 0.0, 2 * B * N * M / SHARING, size * x / SHARING, size * (x + rows * N * M) / SHARING,
+        ),
+        Work(
+            "forward", 2 * B * weights, 2 * B * k * (outputs * M + o), size * (x / SHARING + weights + e),
+            size * (outputs * x + rows * (outputs * k * M + k * o) + e),
+        ),
+        Work(
+            "backward", 4 * B * weights - 2 * B * k * M, 4 * B * k * (back * M + o),
+            size * (x / SHARING + weights + e) + partial_gradients,
+            size * neurons * (back * x + e) + partial_gradients,
+        ),
+        Work("moments", 0.0, 0.0, partial_gradients + 20 * numbers, partial_gradients + 20 * numbers),
+        Work("apply", 0.0, 0.0, 16 * numbers + size * weights, 16 * numbers + size * weights),
+    ]  # fmt: skip
+
+
+def table(found: list[Work]) -> list[dict[str, object]]:
+    """The rows of the file, and one for the whole step."""
+    rows: list[dict[str, object]] = []
+    for work in found:
+        floors = work.floors()
+        rows.append(
+            {
+                "kernel": work.kernel,
+                "useful_GFLOP": round(work.useful / 1e9, 2),
+                "done_GFLOP": round(work.done / 1e9, 2),
+                "memory_MB": round(work.memory / 1e6, 1),
+                "cache_MB": round(work.cache / 1e6, 1),
+                **{f"{name}_us": round(1e6 * seconds, 1) for name, seconds in floors.items()},
+                "limited_by": max(floors, key=lambda name: floors[name]),
+            }
+        )
+    return rows
+
+
+def share(found: list[Work], limits: tuple[str, ...] = ("product", "memory", "cache")) -> float:
+    """Useful operations at the product rate over the sum of the kernels' largest floors among `limits`."""
+    useful = sum(work.useful for work in found) / PRODUCT
+    return useful / sum(max(work.floors()[name] for name in limits) for work in found)
+
+
+def main() -> int:
+    """Print the table and write the file."""
+    spec = ModelSpec()
+    shape = spec.n_features, spec.d_embed, spec.n_neurons, spec.d_output, spec.batch_size
+    found = works(spec, choose_launch(90, *shape, "bf16"))
+    rows = table(found)
+    shown = Table(*COLUMNS, title="one model-step, N 512, m 64, k 1024, B 8192, bf16, sm_90")
+    for row in rows:
+        shown.add_row(*(str(row[name]) for name in COLUMNS))
+    console = Console(width=120)
+    console.print(shown)
+    console.print(
+        f"share of the product rate that the whole step can reach: {share(found, ('product',)):.2f} by its products "
+        f"alone, {share(found, ('product', 'memory')):.2f} with memory, {share(found):.2f} with the cache"
+    )
+    with OUT.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
