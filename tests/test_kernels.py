@@ -50,14 +50,14 @@ def interpreted(test):
 @pytest.mark.skipif(INTERPRETING, reason="this is the process for the interpreter")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_the_kernels_pass_their_tests_in_the_interpreter():
-    """Two processes: the resident regime, and all the rest."""
+    """Two processes, of about equal time: the resident regime and runs of mixed blocks, and all the rest."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     files = [f"tests/test_{name}.py" for name in ("kernels", "triton_engine", "mixed_blocks")]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "interpreter and not slow", "-p", "no:cacheprovider", *files]
     root = Path(__file__).resolve().parent.parent
     running = [
         subprocess.Popen([*command, "-k", chosen], env=environment, cwd=root, text=True, stdout=subprocess.PIPE)
-        for chosen in ("resident", "not resident")
+        for chosen in ("resident or mixed_blocks", "not (resident or mixed_blocks)")
     ]
     for process in running:
         output = process.communicate()[0]

@@ -187,12 +187,12 @@ def test_a_mixed_run_stopped_and_continued_is_bitwise_the_undisturbed_one(
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")  # NumPy, for the interpreter
 def test_models_that_diverge_leave_others_of_their_block_alone(two_regimes, heard, tmp_path):
     calm = SMALL.replace(optimizer="sgd", steps=5)
-    wild = calm.replace(lr=1e12)
-    grid = fm.Grid.of(
-        [calm, wild, calm.replace(n_neurons=19, steps=4), wild.replace(n_neurons=19, steps=700)]
-    )  # the second shares its files with a calm one, the last has none to share with
+    wide = calm.replace(n_neurons=19)
+    # The second shares its files with a calm one; the last has none to share with, and diverges after others have ended.
+    grid = fm.Grid.of([calm, calm.replace(lr=50.0), wide.replace(steps=3), wide.replace(lr=20.0, steps=700)])
     run = train(grid, tmp_path / "all")
     assert [row["status"] for row in run.table] == ["done", "diverged"] * 2
+    assert run.table[1]["diverged_step"] <= 5 < run.table[3]["diverged_step"]
     for i, spec in enumerate(grid):
         same_model(run, i, train(spec, tmp_path / str(i)))
     assert heard("start")[0]["models"] == list(run._hashes)
