@@ -103,11 +103,11 @@ def test_only_widths_and_steps_are_mixed_and_only_by_the_triton_engine():
 def test_blocks_hold_models_of_one_step_and_none_that_is_done():
     names = fm.plan.content_hashes(MIXED, Options("triton", "fp32"))
     done = {name: spec.steps for spec, name in zip(MIXED, names, strict=True)}
-    saved = {name: Saved("state-x.safetensors", 0, min(4, steps), None) for name, steps in done.items()}
+    saved = {name: Saved("state-x.safetensors", 0, min(3, steps), None) for name, steps in done.items()}
     del saved[names[2]]
     jobs = plan(MIXED, saved=saved)
     assert [sorted(spec.steps for spec in job.specs) for job in jobs] == [[5], [5, 17]]
-    assert [{state and state.step for state in job.saved} for job in jobs] == [{None}, {4}]
+    assert [{state and state.step for state in job.saved} for job in jobs] == [{None}, {3}]
 
 
 @needs_triton
@@ -188,7 +188,7 @@ def test_a_mixed_run_stopped_and_continued_is_bitwise_the_undisturbed_one(
 def test_models_that_diverge_leave_others_of_their_block_alone(two_regimes, heard, tmp_path):
     calm = SMALL.replace(optimizer="sgd", steps=5)
     wide = calm.replace(n_neurons=19)
-    # The second shares its files with a calm one; the last has none to share with, and diverges after others have ended.
+    # The second shares its files with a calm one; the last has none to share with, and diverges after others' ends.
     grid = fm.Grid.of([calm, calm.replace(lr=50.0), wide.replace(steps=3), wide.replace(lr=20.0, steps=700)])
     run = train(grid, tmp_path / "all")
     assert [row["status"] for row in run.table] == ["done", "diverged"] * 2
