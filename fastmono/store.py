@@ -116,7 +116,10 @@ def block_id(hashes: Iterable[str]) -> str:
 
 @dataclass
 class BlockHistory:
-    """What a block has logged: losses, one [A] tensor a logged step, and measures, one [A, n_measures] a checkpoint."""
+    """What models of one shape have logged.
+
+    Losses: one [A] tensor a logged step. Measures: one [A, n_measures] a checkpoint.
+    """
 
     losses: list[Tensor] = dataclasses.field(default_factory=list)
     measures: list[Tensor] = dataclasses.field(default_factory=list)

@@ -9,6 +9,7 @@ from test_kernels import HAS_TRITON, SMALL, interpreted
 
 import fastmono as fm
 from fastmono import trainer
+from fastmono.block import Block
 from fastmono.plan import MEMORY_SHARE, Machine, block_bytes, make_plan
 from fastmono.progress import Progress
 from fastmono.store import RunDirectory, Saved, checkpoint_steps
@@ -124,6 +125,18 @@ def test_each_block_of_a_mixed_grid_fits_the_device_and_the_host():
     # What is stacked for a file is a part of the block: less than all its models at the size of the largest.
     one, both = block_bytes(widest, "triton"), block_bytes([*widest, grid[4]], "triton")
     assert block_bytes([grid[4]], "triton") < one < both < one + 4 * block_bytes([grid[4]], "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
+def test_the_memory_planned_for_a_mixed_block_is_the_memory_taken(precision, two_regimes):
+    specs = [spec.replace(seed=seed) for seed in range(2) for spec in MIXED]
+    packed = engine_module.Packed(Block.new(specs), precision, torch.device("cpu"), 0)
+    assert {launch.regime for launch, *_ in packed.groups} == {"resident", "streamed"}
+    values = [v for value in vars(packed).values() for v in (value.values() if isinstance(value, dict) else [value])]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    taken = sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+    assert engine_module.TritonEngine.device_bytes(specs, precision, 0) == taken
 
 
 @interpreted

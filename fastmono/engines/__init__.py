@@ -41,7 +41,7 @@ class Engine(Protocol):
 
     @staticmethod
     def workspace_bytes(spec: ModelSpec, n_streams: int) -> int:
-        """Memory beyond the models' own state, for models of one shape that see so many streams."""
+        """Memory beyond the models' own state, for a block of so many streams whose widest model is `spec`."""
         ...
 
 
