@@ -130,9 +130,9 @@ def test_after_a_worker_died_on_checkpoint_is_still_called_for_the_models_of_the
             os.kill(min(children(os.getpid())), signal.SIGKILL)
 
     with pytest.warns(RuntimeWarning, match=r"models \d, \d failed: worker \d died \(signal SIGKILL\)"):
-        run = fm.train(GRID.override(steps=[6000]), tmp_path, workers=2, quiet=True, on_checkpoint=kill_one)
+        run = fm.train(GRID.override(steps=[60_000]), tmp_path, workers=2, quiet=True, on_checkpoint=kill_one)
     assert sorted(row["status"] for row in run.table) == ["done", "done", "failed", "failed"]
-    assert called == checkpoint_steps(6000)
+    assert called == checkpoint_steps(60_000)
 
 
 def test_a_block_that_fails_takes_no_other_block_of_its_worker_with_it(tmp_path):
@@ -167,7 +167,7 @@ def test_measuring_at_checkpoints_is_part_of_the_expected_time():
     machine = Machine(cores=2, memory=None, flops=1e11)
     plan = make_plan(fm.Grid(tiny, seed=range(300)), Options("cpu", "fp32"), "", {}, 1, machine)
     # 300 models x 7 checkpoints x 8,192 samples of 8 words: far more than 64 steps of 16 samples
-    assert plan.seconds > 5 * 300 * 64 * model_seconds(tiny, machine, 1)
+    assert plan.seconds > 5 * 300 * 64 * model_seconds(tiny, "cpu", machine, 1)
     begun = {name: Saved("state-x.safetensors", 0, 32, None) for name in plan.hashes}
     rest = make_plan(fm.Grid(tiny, seed=range(300)), Options("cpu", "fp32"), "", begun, 1, machine)
     assert 0 < rest.seconds < plan.seconds / 2
