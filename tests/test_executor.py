@@ -130,9 +130,10 @@ def test_after_a_worker_died_on_checkpoint_is_still_called_for_the_models_of_the
             os.kill(min(children(os.getpid())), signal.SIGKILL)
 
     with pytest.warns(RuntimeWarning, match=r"models \d, \d failed: worker \d died \(signal SIGKILL\)"):
-        run = fm.train(GRID.override(steps=[60_000]), tmp_path, workers=2, quiet=True, on_checkpoint=kill_one)
+        # Seconds of work, so that the worker that starts first is not at its end when the other has begun.
+        run = fm.train(GRID.override(steps=[150_000]), tmp_path, workers=2, quiet=True, on_checkpoint=kill_one)
     assert sorted(row["status"] for row in run.table) == ["done", "done", "failed", "failed"]
-    assert called == checkpoint_steps(60_000)
+    assert called == checkpoint_steps(150_000)
 
 
 def test_a_block_that_fails_takes_no_other_block_of_its_worker_with_it(tmp_path):
