@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import math
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,9 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
+
+if __name__ == "__main__":  # what is imported below takes seconds
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped before it began"))
 
 import fastmono as fm
 from fastmono.engines import has_gpu
@@ -253,4 +257,5 @@ def run_command(argv: list[str], errors: Console) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -2,7 +2,10 @@
 
 import importlib.util
 import io
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -246,8 +249,19 @@ def test_a_thousand_random_argument_lists_train_or_are_refused_in_one_line(flags
     check(flags, capsys)
 
 
+def test_ctrl_c_while_the_script_is_loading_ends_in_one_line():
+    command = [sys.executable, "-X", "importtime", str(ROOT / "scripts" / "grid.py"), *TINY]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:  # a line for each module that is loaded
+            if "rich.table" in line:
+                break
+        time.sleep(0.05)  # within the second that PyTorch takes
+        process.send_signal(signal.SIGINT)
+        said = [line for line in process.stderr.read().splitlines() if not line.startswith("import time:")]
+        assert process.wait(20) == 1 and said == ["stopped before it began"]
+
+
 def test_the_script_runs_from_the_command_line_too(tmp_path):
-    import subprocess
 
     command = [sys.executable, str(ROOT / "scripts" / "grid.py"), "--lr", "x"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
