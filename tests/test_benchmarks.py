@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import compare, throughput
+from benchmarks import compare, markdown, throughput
 from benchmarks.contestants import ENTRIES, make
 from benchmarks.contestants.base import Unavailable, factor_table, rate_table, stream_seed
 from benchmarks.contestants.bmm import Bmm
@@ -298,6 +298,11 @@ def test_smoke_run_writes_table_json_and_figure(tmp_path, capsys):
         )
         assert case["ratios"]["bmm"] == pytest.approx(ratio, rel=2e-3)  # one round, four digits
         assert found["ratios"][case["name"]]["useful_over_product_rate"] == case["useful_over_product_rate"] > 0
+    assert markdown.main([str(tmp_path / "result.json")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 4 + 1 and len({line.count("|") for line in lines}) == 1  # head, contestants, our share
+    ms = rows["bmm"]["ms_per_model_step"]["overall"]["median"]
+    assert any(line.startswith("| stacked bmm |") and f"{ms:.3g} (" in line for line in lines)
 
 
 def test_a_contestant_that_fails_its_gate_is_shown_as_failed_and_not_timed(tmp_path, monkeypatch, capsys):
