@@ -26,7 +26,8 @@ from engine_cases import (
 )
 from torch import Tensor
 
-from fastmono.block import Block, Model, views
+from fastmono import optim, philox
+from fastmono.block import Block, EngineError, Model, padded, views
 from fastmono.engines import cpu as cpu_engine
 from fastmono.engines import cpu_dense, cpu_kernels, cpu_rows, cpu_sampler, simd
 from fastmono.engines.cpu import CpuEngine
@@ -132,7 +133,7 @@ def test_odd_shapes_agree_with_the_reference(task: str, shape: dict[str, object]
 
 RELU_SHAPES = {  # the path that they take, and the shape
     "every width of piece, more than one tile and block": ("features", {
-        "n_features": 245, "d_embed": 37, "n_neurons": 150, "batch_size": 400, "feature_prob": 0.05,
+        "n_features": 230, "d_embed": 37, "n_neurons": 150, "batch_size": 400, "feature_prob": 0.05,
     }),
     "all features present": ("embedding", {
         "n_features": 16, "d_embed": 16, "n_neurons": 40, "batch_size": 70, "feature_prob": 1.0, "frequency": "uniform",
@@ -176,6 +177,70 @@ def test_gram_matrices_of_narrow_layers_agree_with_the_reference(
     compare_with_reference(base)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_narrow_models_keep_their_bits_in_company_when_cut_and_beside_one_that_diverges(
+    activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_engine, "LEAST_NARROW", 1)
+    base = spec_of(activation=activation, n_features=53, seed=1, optimizer="sgd", lr=0.001)
+    wild = base.replace(lr=1e6)
+    specs = [wild, base, base.replace(lr=0.002, seed=2), base.replace(lr=0.0003)]
+    together, losses = train(CpuEngine, specs, 5, 7)
+    assert together[0].diverged_step is not None
+    for i in (1, 2, 3):
+        alone, alone_losses = train(CpuEngine, [specs[i]], 12)
+        assert cpu_engine.path_of(specs[i]) == "narrow" and alone[0].diverged_step is None
+        assert same_state(alone[0], together[i]) and same_bits(alone_losses[0], losses[i])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_how_many_steps_a_model_trains_at_once_changes_no_bit(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = mixed_specs(spec_of(optimizer=optimizer, steps=19))
+    specs.append(specs[0].replace(lr=1e30 if optimizer != "sgd" else 1e6))
+    whole, losses = train(CpuEngine, specs, 19)
+    monkeypatch.setattr(cpu_engine, "STEPS_AT_ONCE", 3)
+    pieces, found = train(CpuEngine, specs, 19)
+    assert whole[-1].diverged_step is not None
+    assert same_bits(found, losses) and all(same_state(a, b) for a, b in zip(pieces, whole, strict=True))
+
+
+def test_pytorch_s_default_type_changes_no_bit() -> None:
+    specs = [spec_of(), spec_of(activation="gelu"), spec_of(optimizer="adamw", task="abs")]
+    expected = [train(CpuEngine, [spec], 4) for spec in specs]
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = [train(CpuEngine, [spec], 4) for spec in specs]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for (models, losses), (its_models, its_losses) in zip(expected, found, strict=True):
+        assert same_bits(losses, its_losses) and same_state(models[0], its_models[0])
+
+
+def test_a_batch_with_more_features_than_32_bits_count_is_refused_in_a_line() -> None:
+    spec = spec_of(n_features=4096, batch_size=2**20, feature_prob=0.6)
+    model = Model(spec_of())
+    model.spec = spec
+    with pytest.raises(EngineError, match=r"batch_size=1048576.*2\*\*31"):
+        cpu_engine.Stream(model, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("task", TASKS)
+def test_memory_that_is_planned_covers_what_is_allocated_and_not_much_more(task: str, activation: str) -> None:
+    for fields in ({}, {"feature_prob": 0.9}, {"n_features": 512, "d_embed": 64, "n_neurons": 256, "batch_size": 1024}):
+        spec = spec_of(task=task, activation=activation, **fields)
+        batches = cpu_engine.Batches(spec)
+        streams = [cpu_engine.Stream(Model(spec.replace(seed=seed)), batches) for seed in range(3)]
+        work = cpu_engine.Workspace(spec, cpu_engine.path_of(spec))
+        tensors = [batches.starts, batches.indices, batches.values, work.gradient, *work.buffers.values()]
+        for stream in streams:
+            tensors += [stream.P_T, *([] if stream.P2_T is None else [stream.P2_T])]
+        taken = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        # Besides, PyTorch makes up to four tiles of activations on the way where products are dense.
+        passing = 0 if activation == "relu" else 16 * cpu_dense.tile_rows(spec) * padded(spec.n_neurons)
+        assert taken + passing == pytest.approx(CpuEngine.workspace_bytes(spec, 3), rel=0.1, abs=2**13)
+
+
 def test_models_of_one_shape_that_take_different_paths_keep_their_bits_in_company() -> None:
     few = spec_of(n_features=40, d_embed=20, n_neurons=24, batch_size=200, feature_prob=0.05)
     specs = [few, few.replace(feature_prob=0.9), few.replace(lr=0.02)]
@@ -200,18 +265,18 @@ def test_compiled_sampler_gives_the_bits_of_the_feature_sampler(
     spec = spec_of(
         n_features=N, d_embed=1, feature_prob=p, batch_size=B, frequency=frequency, task=task, seed=2**32 - 3
     )
-    stream = cpu_engine.Stream(Model(spec))
+    stream = cpu_engine.Stream(Model(spec), cpu_engine.Batches(spec))
     stream.sample(step, 2)
     for i in range(2):
-        starts = stream.starts[i].tolist()
+        starts = stream.batches.starts[i].tolist()
         f = torch.zeros(B, N)
         for r in range(B):
             present = slice(starts[r], starts[r + 1])
-            f[r, stream.indices[present].long()] = stream.values[present]
+            f[r, stream.batches.indices[present].long()] = stream.batches.values[present]
         assert same_bits(f, FeatureSampler(spec).batch(step + i, 0, B))
 
 
-@pytest.mark.parametrize(("module", "sources"), [(cpu_kernels, [simd, cpu_rows]), (cpu_sampler, [simd])])
+@pytest.mark.parametrize(("module", "sources"), [(cpu_kernels, [simd, cpu_rows, optim]), (cpu_sampler, [simd, philox])])
 def test_what_numba_keeps_is_dropped_when_what_it_was_made_of_changes(module: Any, sources: list[Any]) -> None:
     digest = hashlib.sha256(b"".join(Path(source.__file__).read_bytes() for source in sources)).hexdigest()[:16]
     assert digest == module.SOURCES, f"set SOURCES in {module.__file__} to {digest}"

@@ -97,9 +97,13 @@ def test_model_in_several_row_tiles_keeps_its_bits_in_company(engine: Engine, ta
 
 @ENGINES
 @pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 1e6), ("lamb", 1e30), ("adamw", 1e30)])
-def test_diverging_neighbour_changes_no_bit(engine: Engine, optimizer: str, lr: float) -> None:
-    calm = [spec_of(optimizer=optimizer, seed=1), spec_of(optimizer=optimizer, seed=2, l1=0.1)]
-    wild = spec_of(optimizer=optimizer, seed=1, lr=lr)  # shares a stream with the first
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_diverging_neighbour_changes_no_bit(engine: Engine, activation: str, optimizer: str, lr: float) -> None:
+    calm = [
+        spec_of(optimizer=optimizer, activation=activation, seed=1),
+        spec_of(optimizer=optimizer, activation=activation, seed=2, l1=0.1),
+    ]
+    wild = calm[0].replace(lr=lr)  # shares a stream with the first
     for specs in ([wild, *calm], [calm[0], wild, calm[1]], [*calm, wild]):
         models, losses = train(engine, specs, 12)
         assert models[specs.index(wild)].diverged_step is not None

@@ -1,4 +1,4 @@
-"""The CPU engine: float32 on one core, a few times faster than its dense arithmetic at the machine's product rate.
+"""The CPU engine: float32 on one core, as fast as dense products at the machine's best rate, or faster.
 
 - The batches of several steps are drawn once for all models that share them, as lists of the
   features present (cpu_sampler.py).
@@ -11,11 +11,14 @@ The arithmetic of a model, and the address alignment of everything it touches, f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastmono.block import Block, Model, flat_size, padded, shape_class, single_thread
+from fastmono.block import Block, EngineError, Model, flat_size, padded, shape_class, single_thread
 from fastmono.engines import cpu_kernels as kernels
 from fastmono.engines.cpu_dense import dense_steps, tile_rows
 from fastmono.engines.cpu_sampler import sample
@@ -26,8 +29,11 @@ from fastmono.philox import Purpose, stream_key
 from fastmono.spec import OPTIMIZERS, TASKS, ModelSpec
 
 STEPS_AT_ONCE = 32
+"""Steps that one model trains before the next one does: its state comes from memory once for all of them."""
 LEAST_NARROW = 2**24
 """B k N from which Gram matrices pay: below, PyTorch's calls take as long as its products."""
+FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""What kernels read at the addresses they are given, whatever PyTorch's defaults are."""
 STREAM_NUMBERS = 2**23
 """Features, present or not, that are drawn at once at most (but at least one step's)."""
 
@@ -40,10 +46,11 @@ def steps_at_once(spec: ModelSpec) -> int:
 def path_of(spec: ModelSpec, skips_zeros: bool = True) -> str:
     """How a model's gradients are computed, from its spec alone: whatever stands beside it, the bits are the same.
 
-    features    only present features and active neurons, z from G = W_in P
-    embedding   only active neurons, z from x: where too many features are present for the other, by multiplications
-    narrow      dense products, by Gram matrices (cpu_dense.py): 1.6 to 3.7 times fewer milliseconds than
-    dense       dense products
+    features    only present features and active neurons; z from G = W_in P
+    embedding   only active neurons; z from x, which takes fewer multiplications where many features are present
+    narrow      Gram matrices (cpu_dense.py), for at most N / 2 neurons: relu only where its bias starts at 0 or above
+                and so nearly all neurons are used
+    dense       dense products; with `skips_zeros` False for every model
     """
     N, m, k, B = spec.n_features, spec.d_embed, spec.n_neurons, spec.batch_size
     narrow = spec.task != "reprojector" and 2 * k <= N and B * k * N >= LEAST_NARROW
@@ -57,41 +64,59 @@ def odd_lines(length: int) -> int:
     return padded(length) | REGISTER
 
 
-class Stream:
-    """The batches of a few steps, for all models that share them: each sample's present features.
+class Batches:
+    """Room for the batches of a few steps of one stream: each sample's present features. Streams take turns in it.
 
     Attributes:
-        starts: int32 [steps, B + 1], where each sample's features begin in `indices` (int32) and `values` (float32).
+        starts: int32 [steps, B + 1], where each sample's features begin in the next two.
+        indices, values: int32 and float32, the present features and what they are worth.
     """
 
-    def __init__(self, model: Model) -> None:
-        spec = model.spec
+    def __init__(self, spec: ModelSpec) -> None:
         N, B, steps = spec.n_features, spec.batch_size, steps_at_once(spec)
-        self.B, self.seed = B, spec.seed
+        self.starts = torch.empty(steps, B + 1, dtype=torch.int32, device="cpu")
+        # Room for every feature: memory that is never written to is never taken.
+        self.indices = torch.empty(steps * B * N + REGISTER, dtype=torch.int32, device="cpu")
+        self.values = torch.empty(steps * B * N + REGISTER, **FLOAT32)
+
+
+class Stream:
+    """A sequence of batches, for all models that share it.
+
+    Raises `EngineError` where a batch has more features present than 32 bits count.
+    """
+
+    def __init__(self, model: Model, batches: Batches) -> None:
+        spec = model.spec
+        N, B = spec.n_features, spec.batch_size
+        self.batches, self.B, self.seed = batches, B, spec.seed
         self.other = int(Purpose.NEGATIVE_FEATURES) if spec.task == "abs" else -1
         share = spec.feature_prob / 2 if spec.task == "abs" else spec.feature_prob
         p = presence_probabilities(N, share, spec.frequency)
+        expected = B * float(p.sum()) * (2 if spec.task == "abs" else 1)
+        if expected + 10 * expected**0.5 > 2**31:
+            raise EngineError(
+                f"n_features={N}, batch_size={B}, feature_prob={spec.feature_prob}: more than 2**31 features are "
+                "present in a batch; use a smaller batch, or the reference engine"
+            )
         self.last, self.scale = (thresholds(p) - 1).astype(np.uint32), scales(p)
         self.words = np.empty(4 * -(-N // 4), np.uint32)
-        self.row = torch.zeros(padded(N))
-        self.starts = torch.empty(steps, B + 1, dtype=torch.int32)
-        # Room for every feature: memory that is never written to is never taken.
-        self.indices = torch.empty(steps * B * N + REGISTER, dtype=torch.int32)
-        self.values = torch.empty(steps * B * N + REGISTER)
+        self.row = torch.zeros(padded(N), **FLOAT32)
         self.P_T = transposed(model.P)
         self.P2_T = None if model.P2 is None else transposed(model.P2)
 
     def sample(self, first_step: int, steps: int) -> None:
-        """Draw the batches that first_step, first_step + 1, ... updates precede."""
+        """Draw the batches that first_step, first_step + 1, ... updates precede, in place of what was drawn before."""
+        room = self.batches
         sample(
             first_step, steps, self.B, self.seed, int(Purpose.FEATURES), self.other, self.last, self.scale,
-            self.row.numpy(), self.words, self.starts.data_ptr(), self.indices.data_ptr(), self.values.data_ptr(),
+            self.row.numpy(), self.words, room.starts.data_ptr(), room.indices.data_ptr(), room.values.data_ptr(),
         )  # fmt: skip
 
 
 def transposed(P: Tensor) -> Tensor:
     """[N, m] in padded rows, for a projection [m, N]."""
-    rows = torch.zeros(P.shape[1], padded(P.shape[0]))
+    rows = torch.zeros(P.shape[1], padded(P.shape[0]), **FLOAT32)
     rows[:, : P.shape[0]] = P.T
     return rows
 
@@ -104,9 +129,9 @@ class Workspace:
         N, k, B = spec.n_features, spec.n_neurons, spec.batch_size
         M, K, O = padded(spec.d_embed), padded(k), padded(spec.d_output)  # noqa: E741
         steps = steps_at_once(spec)
-        self.gradient = torch.zeros(flat_size(spec))
-        self.rates, self.factors, self.losses = (torch.empty(steps) for _ in range(3))
-        self.corrections = torch.empty(steps, 2)
+        self.gradient = torch.zeros(flat_size(spec), **FLOAT32)
+        self.rates, self.factors, self.losses = (torch.empty(steps, **FLOAT32) for _ in range(3))
+        self.corrections = torch.empty(steps, 2, **FLOAT32)
         blocks = -(-K // kernels.BLOCK)
         pairs = kernels.TILE * K + REGISTER
         if path in ("features", "embedding"):
@@ -119,12 +144,14 @@ class Workspace:
             sizes = {"X": B * M, "E": B * O, "Z": rows * K, "DZ": rows * K}
             if path == "narrow":
                 sizes |= {"E": B * K, "G_T": N * K, "H": rows * K, "C": N * K, "S": k * k}
-        self.buffers = {name: torch.zeros(size) for name, size in sizes.items()}
-        self.buffers |= {
-            "ACTIVE": torch.zeros(pairs, dtype=torch.int32),
-            "ENDS": torch.zeros(kernels.TILE * (blocks + 1), dtype=torch.int32),
-            "WORDS": torch.zeros(K, dtype=torch.int64), "COUNTING": torch.arange(M, dtype=torch.int32),
-        }  # fmt: skip
+        self.buffers = {name: torch.zeros(size, **FLOAT32) for name, size in sizes.items()}
+        if path in ("features", "embedding"):
+            self.buffers |= {
+                "ACTIVE": torch.zeros(pairs, dtype=torch.int32, device="cpu"),
+                "ENDS": torch.zeros(kernels.TILE * (blocks + 1), dtype=torch.int32, device="cpu"),
+                "WORDS": torch.zeros(K, dtype=torch.int64, device="cpu"),
+                "COUNTING": torch.arange(M, dtype=torch.int32, device="cpu"),
+            }
         self.fields = dict.fromkeys(kernels.Problem._fields, 0)
         self.fields |= {name: buffer.data_ptr() for name, buffer in self.buffers.items() if name in self.fields}
         self.fields |= {
@@ -137,9 +164,9 @@ class Workspace:
     def problem(self, model: Model, stream: Stream) -> kernels.Problem:
         """What the kernels take."""
         return kernels.Problem(**self.fields)._replace(
-            STARTS=stream.starts.data_ptr(),
-            INDICES=stream.indices.data_ptr(),
-            VALUES=stream.values.data_ptr(),
+            STARTS=stream.batches.starts.data_ptr(),
+            INDICES=stream.batches.indices.data_ptr(),
+            VALUES=stream.batches.values.data_ptr(),
             P_T=stream.P_T.data_ptr(),
             P2_T=0 if stream.P2_T is None else stream.P2_T.data_ptr(),
             PARAMETERS=model.parameters.data_ptr(),
@@ -153,7 +180,7 @@ class CpuEngine:
 
     Args:
         precision: fp32, the only one: rounding operands costs time on a CPU and saves none.
-        skips_zeros: False trains relu with dense products as well, for comparison.
+        skips_zeros: False trains every model with plain dense products, for comparison.
     """
 
     name = "cpu"
@@ -163,39 +190,49 @@ class CpuEngine:
             raise ValueError(f"precision={precision!r}: the cpu engine computes in fp32; the reference engine in any")
         self.precision, self.skips_zeros = precision, skips_zeros
         self._block: Block | None = None
+        self._batches: Batches | None = None
         self._streams: dict[object, Stream] = {}
         self._workspaces: dict[object, Workspace] = {}
 
     def advance(self, block: Block, n_steps: int) -> Tensor:
         """Train every model for n steps, in place. Returns losses, float32 [A, n]: NaN where a model did not train."""
         if block is not self._block:  # the buffers of the block before this one are of no more use
-            self._block, self._streams, self._workspaces = block, {}, {}
-        losses = torch.full((len(block.models), n_steps), torch.nan)
+            self._block, self._batches, self._streams, self._workspaces = block, None, {}, {}
+        losses = torch.full((len(block.models), n_steps), torch.nan, **FLOAT32)
         done = 0
         with single_thread(), torch.no_grad():
             while done < n_steps:
                 active = block.active()
                 left = [block.specs[i].steps - block.step for i in active]
                 n = min(n_steps - done, steps_at_once(block.specs[0]), *left)
-                drawn: set[object] = set()
-                for i in active:
-                    stream, work = self._buffers(block.models[i])
-                    if id(stream) not in drawn:
-                        drawn.add(id(stream))
-                        stream.sample(block.step, n)
-                    losses[i, done : done + n] = train(block.models[i], stream, work, block.step, n)
+                for stream, members in self._by_stream(block, active):
+                    stream.sample(block.step, n)
+                    for i in members:
+                        work = self._workspace(block.models[i])
+                        losses[i, done : done + n] = train(block.models[i], stream, work, block.step, n)
                 block.step += n
                 done += n
         return losses
 
-    def _buffers(self, model: Model) -> tuple[Stream, Workspace]:
+    def _by_stream(self, block: Block, active: Sequence[int]) -> list[tuple[Stream, list[int]]]:
+        """The models that train, by the stream that they see."""
+        found: dict[object, list[int]] = {}
+        for i in active:
+            model = block.models[i]
+            found.setdefault((stream_key(model.spec), id(model.P)), []).append(i)
+        if self._batches is None:
+            self._batches = Batches(block.specs[0])
+        for key, members in found.items():
+            if key not in self._streams:
+                self._streams[key] = Stream(block.models[members[0]], self._batches)
+        return [(self._streams[key], members) for key, members in found.items()]
+
+    def _workspace(self, model: Model) -> Workspace:
         path = path_of(model.spec, self.skips_zeros)
-        stream, shape = (stream_key(model.spec), id(model.P)), (shape_class(model.spec), path)
-        if stream not in self._streams:
-            self._streams[stream] = Stream(model)
-        if shape not in self._workspaces:
-            self._workspaces[shape] = Workspace(model.spec, path)
-        return self._streams[stream], self._workspaces[shape]
+        key = shape_class(model.spec), path
+        if key not in self._workspaces:
+            self._workspaces[key] = Workspace(model.spec, path)
+        return self._workspaces[key]
 
     def fetch(self, block: Block) -> None:
         """Nothing to do: the block's models are where they are trained."""
@@ -205,13 +242,16 @@ class CpuEngine:
         """Memory beyond the models' own state, for a block of one shape whose models see `n_streams` streams."""
         N, k, B = spec.n_features, spec.n_neurons, spec.batch_size
         m, o, steps = padded(spec.d_embed), padded(spec.d_output), steps_at_once(spec)
-        present = min(1.0, 2 * spec.feature_prob + 32 / N)  # of a batch; far more than chance will give
-        stream = 4 * steps * B + int(8 * steps * B * N * present) + 4 * N * (m + o + 4)
+        # All of a batch's features where that is little, else far more than chance will give.
+        present = 1.0 if steps * B * N <= STREAM_NUMBERS else min(1.0, 2 * spec.feature_prob + 32 / N)
+        batches = 4 * steps * (B + 1) + int(8 * steps * B * N * present)
+        stream = 4 * N * (m * (2 if spec.task == "reprojector" else 1) + 4)
         path = path_of(spec)
-        sparse = N * padded(k) + m * padded(k) + kernels.TILE * (2 * odd_lines(k) + 2 * padded(k) + m + odd_lines(o))
+        tile = 2 * odd_lines(k) + 2 * padded(k) + m + odd_lines(o) + padded(k) // kernels.BLOCK + 2
+        sparse = (N + m + 2) * padded(k) + kernels.TILE * tile
         rows, width = tile_rows(spec), padded(k) if path == "narrow" else o
         dense = B * (m + width) + 6 * rows * padded(k) + (2 * N * padded(k) + 2 * k * k if path == "narrow" else 0)
-        return n_streams * stream + 4 * (flat_size(spec) + (dense if path in ("narrow", "dense") else sparse))
+        return batches + n_streams * stream + 4 * (flat_size(spec) + (dense if path in ("narrow", "dense") else sparse))
 
 
 def train(model: Model, stream: Stream, work: Workspace, first: int, n: int) -> Tensor:

@@ -49,12 +49,15 @@ class Views:
         self.z, self.dh = (work.buffers[name].view(-1, padded(k))[:, :k] for name in ("Z", "DZ"))
 
     def add_inner(self, spec: ModelSpec, h: Tensor, z: Tensor, dh: Tensor, x: Tensor, earlier: float) -> None:
-        """dW_in and db of a tile from its dh, which becomes dz; added to what is there, or not (earlier 0)."""
+        """dW_in [k, M] and db [k] of a tile from its dh [rows, k], which becomes dz; h, z as dh, x [rows, M].
+
+        `earlier` 1 adds to what is there; 0 does not even read it, as a diverged model may have left NaN.
+        """
         if spec.l1:
             dh.add_(h.sign(), alpha=spec.l1 / 2)
         dz = dh.mul_(DERIVATIVE[spec.activation](z))
         torch.addmm(self.dW_in, dz.T, x, beta=earlier, out=self.dW_in)
-        torch.addmv(self.db, dz.T, torch.ones(len(x)), beta=earlier, out=self.db)
+        torch.addmv(self.db, dz.T, torch.ones(len(x), dtype=torch.float32, device="cpu"), beta=earlier, out=self.db)
 
 
 def dense_gradients(model: Model, work: Workspace, problem: kernels.Problem, step: int) -> float:

@@ -47,9 +47,9 @@ from fastmono.engines.simd import (
 )
 from fastmono.optim import ADAMW_EPS, ADAMW_WEIGHT_DECAY, BETA1, BETA2, LAMB_EPS, LAMB_LARGEST_NORM
 
-SOURCES = "6afa9ef5272a444b"
-"""The first digits of the SHA-256 of simd.py and cpu_rows.py. Numba keeps what it compiled until this file changes, and
-cannot see that those have: with them, this line must."""
+SOURCES = "894f5845c69bf560"
+"""The first digits of the SHA-256 of simd.py, cpu_rows.py and fastmono/optim.py. Numba keeps what it compiled until
+this file changes, and cannot see that those have: with them, this line must."""
 TILE = 64
 """Samples worked on at a time: the bits of a word."""
 BLOCK = 64
@@ -62,7 +62,10 @@ LARGEST_NORM, DECAY = np.float32(LAMB_LARGEST_NORM), np.float32(ADAMW_WEIGHT_DEC
 
 
 class Problem(NamedTuple):
-    """One model, the batches it sees, and memory to work in: sizes, and addresses of float32 unless said otherwise."""
+    """One model, the batches it sees, and memory to work in: sizes, and addresses of float32 unless said otherwise.
+
+    Shapes of the scratch are those of `train`; cpu_dense.py puts whole batches at X and E, and W_out at G_T.
+    """
 
     task: int
     """0 decoder, 1 reprojector, 2 abs: its position in `fastmono.spec.TASKS`."""
@@ -90,7 +93,7 @@ class Problem(NamedTuple):
     P2_T: int
     """[N, O]; the reprojector's only."""
     PARAMETERS: int
-    """W_in [k, M], b [K], W_out^T [k, O], as are the moments, GRADIENT and UPDATE."""
+    """W_in [k, M], b [K], W_out^T [k, O], as are both moments and GRADIENT."""
     FIRST: int
     SECOND: int
     GRADIENT: int

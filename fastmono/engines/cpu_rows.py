@@ -1,7 +1,8 @@
 """The inner loops of the CPU engine: sums of rows, over lists of numbers or the bits of a word, and products with rows.
 
 A row is worked on in pieces of 128, 64, 32 or 16 numbers, whose sums stay in registers. The pieces that a row falls
-into, and so the order of every sum, follow from its length alone. Addresses and lengths are as in cpu_kernels.py.
+into, and so the order of every sum, follow from its length and the processor's registers alone. Addresses and lengths
+are as in cpu_kernels.py.
 """
 
 from __future__ import annotations
