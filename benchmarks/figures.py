@@ -55,15 +55,15 @@ def bars(ax: Axes, result: CaseResult) -> None:
         middle = median(times)
         error = [[middle - min(times)], [max(times) - middle]]
         ax.barh(place, middle, xerr=error, color=OKABE_ITO[0 if row.ours else 4], height=0.7, capsize=2)
-        ax.text(max(times) * 1.08, place, f"{middle:.3g}", va="center", fontsize=7)
+        ax.annotate(f"{middle:.3g}", (max(times), place), (4, 0), textcoords="offset points", va="center", fontsize=7)
     ax.set_yticks(range(len(result.rows)), [ENTRIES[row.name].title for row in result.rows])
     ax.set_ylim(len(result.rows) - 0.4, -0.6)
-    ax.set_xscale("log")
+    ax.margins(x=0.15)
+    ax.set_xlim(left=0)
     flops = result.case.grid[0].flops_per_step
     for precision, dash in zip([name for name in result.machine[0] if name != "copy"], DASHES, strict=False):
         at_rate = 1e3 * flops / median(m[precision] for m in result.machine)
         ax.axvline(at_rate, color="0.3", linestyle=dash, linewidth=0.8, label=f"at the {precision} product rate")
-    ax.margins(x=0.15)
     ax.set_xlabel("ms a model-step")
     ax.set_title(result.case.name)
     ax.legend(fontsize=7, loc="lower right")

@@ -51,7 +51,11 @@ def write(out: Path, name: str, results: list[CaseResult], arguments: argparse.N
 def main(argv: list[str] | None = None) -> int:
     """Measure the suites. 0: done; 1: a contestant failed its gate, or failed otherwise; 2: bad arguments."""
     arguments = parser().parse_args(argv)
-    command = "python -m benchmarks.throughput " + " ".join(sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    if "--out" in given:  # where results are written is not what was done
+        at = given.index("--out")
+        given = given[:at] + given[at + 2 :]
+    command = "python -m benchmarks.throughput " + " ".join(given)
     device, console = torch.device(arguments.device), Console()
     if not console.is_terminal:
         console = Console(width=180)  # a log has room for the table, whatever the terminal
