@@ -282,6 +282,19 @@ def test_what_numba_keeps_is_dropped_when_what_it_was_made_of_changes(module: An
     assert digest == module.SOURCES, f"set SOURCES in {module.__file__} to {digest}"
 
 
+def test_moments_that_denormal_numbers_would_hold_are_zero_and_the_thread_is_left_as_it_was() -> None:
+    spec = spec_of(init_bias=-50.0)  # no neuron is ever active
+    block, reference = Block.new([spec]), Block.new([spec])
+    for models in (block, reference):
+        views(spec, models.models[0].first_moment)["W_outT"].fill_(2.0**-125)
+    CpuEngine().advance(block, 20)
+    ReferenceEngine().advance(reference, 20)
+    assert 0 < reference.models[0].first_moment.max() < 2.0**-126
+    assert not block.models[0].first_moment.any()
+    assert torch.equal(block.models[0].parameters, reference.models[0].parameters)
+    assert torch.tensor([1e-39]).mul(1.0).item() > 0
+
+
 @pytest.mark.slow
 def test_processors_without_the_widest_registers_agree_with_the_reference() -> None:
     environment = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+bmi,+bmi2,+popcnt"}

@@ -21,11 +21,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastmono.engines.cpu_rows import ZERO, add_marked_rows, add_rows, add_whole_rows, dot_rows, fill, piece
+from fastmono.engines.cpu_rows import (
+    ZERO,
+    add_marked_rows,
+    add_rows,
+    add_whole_rows,
+    dot_rows,
+    fill,
+    find_active,
+    piece,
+)
 from fastmono.engines.simd import (
     REGISTER,
     add,
-    compress_active,
     divide,
     dot,
     entry,
@@ -34,7 +42,6 @@ from fastmono.engines.simd import (
     get_word,
     inner,
     load,
-    mark,
     multiply,
     multiply_add,
     put_float,
@@ -47,13 +54,15 @@ from fastmono.engines.simd import (
 )
 from fastmono.optim import ADAMW_EPS, ADAMW_WEIGHT_DECAY, BETA1, BETA2, LAMB_EPS, LAMB_LARGEST_NORM
 
-SOURCES = "894f5845c69bf560"
+SOURCES = "20c256be9e0306ec"
 """The first digits of the SHA-256 of simd.py, cpu_rows.py and fastmono/optim.py. Numba keeps what it compiled until
 this file changes, and cannot see that those have: with them, this line must."""
 TILE = 64
 """Samples worked on at a time: the bits of a word."""
 BLOCK = 64
 """Neurons worked on at a time: so many rows of 128 numbers take 32 KiB, and stay in the first cache for a tile."""
+LEAST_ACTIVE = 8
+"""Active neurons of a sample that are worked on together, on average, where a block has fewer."""
 ONE = np.float32(1.0)
 FIRST_KEPT, FIRST_NEW = np.float32(BETA1), np.float32(1 - BETA1)
 SECOND_KEPT, SECOND_NEW = np.float32(BETA2), np.float32(1 - BETA2)
@@ -80,7 +89,7 @@ class Problem(NamedTuple):
     O: int  # noqa: E741
     B: int
     LK: int
-    """Length of a row of Z and DZ."""
+    """Length of a row of Z, DZ, W_T, G_T, ACTIVE and H."""
     LE: int
     """Length of a row of E."""
     STARTS: int
@@ -103,11 +112,11 @@ class Problem(NamedTuple):
     """Where W_out^T begins."""
     size: int
     G_T: int
-    """[N, K]"""
+    """[N, LK]"""
     W_T: int
-    """[M, K]: W_in^T."""
+    """[M, LK]: W_in^T."""
     Z: int
-    """[TILE, LK]"""
+    """[TILE, LK], where one of 16 neighbours is active."""
     DZ: int
     """[TILE, LK], where a neuron is active."""
     X: int
@@ -115,11 +124,11 @@ class Problem(NamedTuple):
     E: int
     """[TILE, LE]"""
     ACTIVE: int
-    """int32 [TILE K + 16]: the active neurons of each sample, one sample after another."""
+    """int32 [TILE, LK]: the active neurons of each sample, and room."""
     H: int
-    """[TILE K + 16]: their activations."""
+    """[TILE, LK]: their activations."""
     ENDS: int
-    """int32 [TILE, blocks + 1]: where those of each block of neurons begin."""
+    """int32 [TILE, blocks + 1]: where those of each block of neurons begin, and those of the last one end."""
     blocks: int
     WORDS: int
     """uint64 [K]: for each neuron, the samples that activate it."""
@@ -132,11 +141,17 @@ def prepare(p):
     """W_in^T, and G^T where z comes from it."""
     for j in range(p.k):
         for c in range(p.M):
-            put_float(p.W_T, c * p.K + j, get_float(p.PARAMETERS, j * p.M + c))
+            put_float(p.W_T, c * p.LK + j, get_float(p.PARAMETERS, j * p.M + c))
     if p.through_features:
-        fill(p.G_T, 0, p.N * p.K)
-        for i in range(p.N):
-            add_whole_rows(p.P_T + 4 * i * p.M, p.COUNTING, 0, p.M, p.W_T, p.K, p.G_T, i * p.K)
+        column = 0
+        while column < p.K:
+            lanes = piece(p.K - column)
+            for i in range(p.N):
+                fill(p.G_T, i * p.LK + column, lanes)
+                add_rows(
+                    lanes, p.P_T + 4 * i * p.M, p.COUNTING, 0, p.M, p.W_T, p.LK, column, p.G_T, i * p.LK + column
+                )  # fmt: skip
+            column += lanes
 
 
 @inner
@@ -158,42 +173,62 @@ def embed_sample(p, starts, r, x, e):
 
 @inner
 def hidden_tile(p, starts, first, count):
-    """Z, X and -tau (in E) of samples first to first + count, and who is active: ACTIVE, H, ENDS, WORDS."""
+    """X and -tau (in E) of samples first to first + count, and their active neurons: ACTIVE, H, ENDS, WORDS, and Z."""
     for j in range(p.K):
         put_word(p.WORDS, j, np.uint64(0))
-    end = 0
     for r in range(count):
         embed_sample(p, starts, first + r, p.X + 4 * r * p.M, p.E + 4 * r * p.LE)
-        z = r * p.LK
-        for c in range(0, p.K, REGISTER):
-            store(p.Z, z + c, load(p.PARAMETERS, p.at_b + c, REGISTER))
-        if p.through_features:
-            present, last = get_int(starts, first + r), get_int(starts, first + r + 1)
-            add_whole_rows(p.VALUES, p.INDICES, present, last, p.G_T, p.K, p.Z, z)
-        else:
-            add_whole_rows(p.X + 4 * r * p.M, p.COUNTING, 0, p.M, p.W_T, p.K, p.Z, z)
-        bit = np.uint64(1) << np.uint64(r)
-        for c in range(0, p.K, REGISTER):
-            if c % BLOCK == 0:
-                put_int(p.ENDS, r * (p.blocks + 1) + c // BLOCK, end)
-            mark(p.Z, z + c, p.WORDS, c, bit)
-            end = compress_active(p.Z, z + c, c, p.ACTIVE, p.H, end)
-        put_int(p.ENDS, r * (p.blocks + 1) + p.blocks, end)
+        put_int(p.ENDS, r * (p.blocks + 1), r * p.LK)
+    column = 0
+    for block in range(p.blocks):  # whose columns of G^T stay in the first cache
+        stop = min(column + BLOCK, p.K)
+        while column < stop:
+            lanes = min(piece(stop - column), BLOCK)
+            for r in range(count):
+                if p.through_features:
+                    factors, numbers, rows = p.VALUES, p.INDICES, p.G_T
+                    present, last = get_int(starts, first + r), get_int(starts, first + r + 1)
+                else:
+                    factors, numbers, rows = p.X + 4 * r * p.M, p.COUNTING, p.W_T
+                    present, last = 0, p.M
+                ends = r * (p.blocks + 1) + block
+                # The first piece of a block begins where the block before it ends, the others where the last one did.
+                end = get_int(p.ENDS, ends + (column % BLOCK != 0))
+                end = find_active(
+                    lanes, factors, numbers, present, last, rows, p.LK, column, p.PARAMETERS + 4 * p.at_b,
+                    p.Z, r * p.LK, p.WORDS, np.uint64(1) << np.uint64(r), p.ACTIVE, p.H, end,
+                )  # fmt: skip
+                put_int(p.ENDS, ends + 1, end)
+            column += lanes
 
 
 @inner
-def output_tile(p, count):
+def blocks_at_once(p, count):
+    """Blocks whose active neurons are worked on together: one, or where those are few, enough to find 8 a sample."""
+    found, together = 0, 1
+    for r in range(count):
+        found += get_int(p.ENDS, r * (p.blocks + 1) + p.blocks) - r * p.LK
+    while together < p.blocks and found * together < LEAST_ACTIVE * count * p.blocks:
+        together *= 2
+    return together
+
+
+@inner
+def output_tile(p, count, together):
     """E = y - tau of a tile; returns its sum of squares."""
     column, total = 0, 0.0
     while column < p.O:
         lanes = piece(p.O - column)
-        for block in range(p.blocks):
+        for block in range(0, p.blocks, together):
+            next_block = min(block + together, p.blocks)
             for r in range(count):
-                ends = r * (p.blocks + 1) + block
-                add_rows(
-                    lanes, p.H, p.ACTIVE, get_int(p.ENDS, ends), get_int(p.ENDS, ends + 1),
-                    p.PARAMETERS + 4 * p.at_out, p.O, column, p.E, r * p.LE + column,
-                )  # fmt: skip
+                ends = r * (p.blocks + 1)
+                first, last = get_int(p.ENDS, ends + block), get_int(p.ENDS, ends + next_block)
+                if first < last:
+                    add_rows(
+                        lanes, p.H, p.ACTIVE, first, last, p.PARAMETERS + 4 * p.at_out, p.O, column,
+                        p.E, r * p.LE + column,
+                    )  # fmt: skip
         column += lanes
     for r in range(count):
         for c in range(0, p.O, REGISTER):
@@ -203,18 +238,21 @@ def output_tile(p, count):
 
 
 @inner
-def backward_tile(p, count, half_l1):
+def backward_tile(p, count, together, half_l1):
     """DZ of a tile, and its part of GRADIENT."""
     column = 0
     while column < p.O:
         lanes = piece(p.O - column)
-        for block in range(p.blocks):
+        for block in range(0, p.blocks, together):
+            next_block = min(block + together, p.blocks)
             for r in range(count):
-                ends = r * (p.blocks + 1) + block
-                dot_rows(
-                    lanes, p.E, r * p.LE + column, p.ACTIVE, get_int(p.ENDS, ends), get_int(p.ENDS, ends + 1),
-                    p.PARAMETERS + 4 * p.at_out, p.O, column, p.DZ, r * p.LK, half_l1,
-                )  # fmt: skip
+                ends = r * (p.blocks + 1)
+                first, last = get_int(p.ENDS, ends + block), get_int(p.ENDS, ends + next_block)
+                if first < last:
+                    dot_rows(
+                        lanes, p.E, r * p.LE + column, p.ACTIVE, first, last, p.PARAMETERS + 4 * p.at_out, p.O, column,
+                        p.DZ, r * p.LK, half_l1,
+                    )  # fmt: skip
         column += lanes
     column = 0
     while column < p.O:
@@ -314,8 +352,9 @@ def train(p, steps, unit, half_l1, rates, corrections, factors, losses):
         for first in range(0, p.B, TILE):
             count = min(TILE, p.B - first)
             hidden_tile(p, starts, first, count)
-            total += output_tile(p, count)
-            backward_tile(p, count, half_l1)
+            together = blocks_at_once(p, count)
+            total += output_tile(p, count, together)
+            backward_tile(p, count, together, half_l1)
         loss = np.float32(total / p.B)
         put_float(losses, step, loss)
         finite = update(p, unit, get_float(rates, step), corrections, step, get_float(factors, step))

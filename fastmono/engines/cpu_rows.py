@@ -14,26 +14,34 @@ import numpy as np
 from fastmono.engines.simd import (
     REGISTER,
     WIDEST,
+    active_lanes,
     add,
+    count_bits,
     dot,
     four_dots,
     get_float,
     get_int,
+    get_word,
     inner,
+    keep_active,
     lane,
     load,
     multiply_add,
     put_float,
+    put_int,
+    put_word,
     splat,
     store,
     trailing_zeros,
 )
 
 ZERO = np.float32(0.0)
+FEW = 4
+"""Active numbers of 64 that are cheaper to list one by one."""
 
 
-def _row_kernels(lanes: int) -> tuple[Any, Any, Any]:
-    """The three inner loops, for pieces of rows of so many lanes."""
+def _row_kernels(lanes: int) -> tuple[Any, Any, Any, Any]:
+    """The four inner loops, for pieces of rows of so many lanes."""
 
     @inner
     def add_rows(factors, numbers, first, last, rows, length, column, out, at):
@@ -49,6 +57,41 @@ def _row_kernels(lanes: int) -> tuple[Any, Any, Any]:
             row = get_int(numbers, i) * length + column
             even = multiply_add(get_float(factors, i), load(rows, row, lanes), even)
         store(out, at, add(even, odd))
+
+    @inner
+    def find_active(
+        factors, numbers, first, last, rows, length, column, start, z, at, words, bit, indices, values, end
+    ):
+        """z[at:] = start + sum over i of factors[i] rows[numbers[i]], from `column` on, where any is active.
+
+        The active ones are listed in `indices` and `values` from `end` on, and `bit` is set in their words. Returns
+        where the list ends.
+        """
+        even, odd = load(start, column, lanes), splat(ZERO, lanes)
+        i = first
+        while i + 2 <= last:
+            row, next_row = get_int(numbers, i) * length + column, get_int(numbers, i + 1) * length + column
+            even = multiply_add(get_float(factors, i), load(rows, row, lanes), even)
+            odd = multiply_add(get_float(factors, i + 1), load(rows, next_row, lanes), odd)
+            i += 2
+        if i < last:
+            row = get_int(numbers, i) * length + column
+            even = multiply_add(get_float(factors, i), load(rows, row, lanes), even)
+        v = add(even, odd)
+        word = active_lanes(v)
+        if word == 0:
+            return end
+        store(z, at + column, v)
+        found = count_bits(word)
+        if found > FEW:
+            return keep_active(v, words, bit, column, indices, values, end)
+        for i in range(FEW):  # no branch depends on how many: those that are too many are not counted
+            r = column + (trailing_zeros(word) & 63)
+            put_int(indices, end + i, r)
+            put_float(values, end + i, get_float(z, at + r))
+            put_word(words, r, get_word(words, r) | (bit if word != 0 else np.uint64(0)))
+            word &= word - np.uint64(1)
+        return end + found
 
     @inner
     def add_marked_rows(word, factors, number, stride, rows, length, column, out, at):
@@ -98,13 +141,13 @@ def _row_kernels(lanes: int) -> tuple[Any, Any, Any]:
             put_float(out, base + j, total + (start if column == 0 else get_float(out, base + j)))
             i += 1
 
-    return add_rows, add_marked_rows, dot_rows
+    return add_rows, find_active, add_marked_rows, dot_rows
 
 
-add_rows_128, add_marked_rows_128, dot_rows_128 = _row_kernels(128)
-add_rows_64, add_marked_rows_64, dot_rows_64 = _row_kernels(64)
-add_rows_32, add_marked_rows_32, dot_rows_32 = _row_kernels(32)
-add_rows_16, add_marked_rows_16, dot_rows_16 = _row_kernels(16)
+add_rows_128, _, add_marked_rows_128, dot_rows_128 = _row_kernels(128)
+add_rows_64, find_active_64, add_marked_rows_64, dot_rows_64 = _row_kernels(64)
+add_rows_32, find_active_32, add_marked_rows_32, dot_rows_32 = _row_kernels(32)
+add_rows_16, find_active_16, add_marked_rows_16, dot_rows_16 = _row_kernels(16)
 
 
 @inner
@@ -127,6 +170,24 @@ def add_rows(lanes, factors, numbers, first, last, rows, length, column, out, at
         add_rows_32(factors, numbers, first, last, rows, length, column, out, at)
     else:
         add_rows_16(factors, numbers, first, last, rows, length, column, out, at)
+
+
+@inner
+def find_active(
+    lanes, factors, numbers, first, last, rows, length, column, start, z, at, words, bit, indices, values, end
+):
+    """`find_active` of so many lanes; a 128 would be twice a block's."""
+    if lanes == 64:
+        return find_active_64(
+            factors, numbers, first, last, rows, length, column, start, z, at, words, bit, indices, values, end
+        )
+    elif lanes == 32:
+        return find_active_32(
+            factors, numbers, first, last, rows, length, column, start, z, at, words, bit, indices, values, end
+        )
+    return find_active_16(
+        factors, numbers, first, last, rows, length, column, start, z, at, words, bit, indices, values, end
+    )
 
 
 @inner

@@ -7,9 +7,11 @@ its arrays wherever a function takes one, which costs more than some of the rows
     load, store              a vector at base + offset          splat            a scalar in every lane
     add, subtract, ...       lane by lane                       multiply_add     acc + a v for a scalar a, rounded once
     dot, four_dots           sums of v w                        get_*, put_*     single numbers
-    compress_*               those of 16 numbers that count, one after another, with their indices
-    mark                     sets a bit in the word of each of 16 numbers that is active
+    keep_nonzero             those of 16 numbers that are not 0, one after another, with their indices
+    keep_active              the same for active ones, which are marked as well
+    active_lanes             a word with a bit for each lane that is active
     trailing_zeros           index of a word's lowest set bit
+    count_bits               how many are set
 """
 
 from __future__ import annotations
@@ -225,53 +227,71 @@ def lane(context, v, i):
     return types.float32(v, i), generate
 
 
-def _compress(comparison: str) -> Callable[..., Any]:
-    @intrinsic
-    def compress(context, source, offset, number, indices, values, at):
-        n = REGISTER
-
-        def generate(context, builder, signature, args):
-            source, offset, number, indices, values, at = args
-            v = _load(builder, source, offset, n)
-            mask = builder.fcmp_unordered(comparison, v, _constant(n, FLOAT, [0.0] * n))
-            numbers = builder.add(_splat(builder, builder.trunc(number, INT32), n), _constant(n, INT32, list(range(n))))
-            for data, to, element, name in ((numbers, indices, INT32, "i32"), (v, values, FLOAT, "f32")):
-                kind, flags = _vector(n, element), _vector(n, ir.IntType(1))
-                function = _function(builder, f"llvm.experimental.vector.compress.v{n}{name}", kind, kind, flags, kind)
-                packed = builder.call(function, [data, mask, _constant(n, element, ir.Undefined)])
-                _store(builder, packed, to, at, element, n)
-            return builder.add(at, builder.zext(builder.ctpop(builder.bitcast(mask, ir.IntType(n))), INT64))
-
-        return types.int64(*[types.int64] * 6), generate
-
-    return compress
+def _positive(builder: Any, v: Any) -> Any:
+    """Which of 16 numbers are above 0 or NaN."""
+    return builder.fcmp_unordered(">", v, _constant(REGISTER, FLOAT, [0.0] * REGISTER))
 
 
-compress_active = _compress(">")
-"""compress_active(source, offset, number, indices, values, at): of the 16 numbers at source + offset, those above 0 or
-NaN go to `values` at `at`, and their numbers, from `number` on, to `indices`. Writes 16 of both; returns the next `at`.
-"""
-compress_nonzero = _compress("!=")
-"""The same for numbers that are not 0."""
+def _pack(builder: Any, v: Any, mask: Any, number: Any, indices: Any, values: Any, at: Any) -> Any:
+    """Those of 16 numbers whose flag is set go to `values` at `at`, and their numbers, from `number` on, to `indices`.
+    Writes 16 of both; returns the next `at`."""
+    n = REGISTER
+    numbers = builder.add(_splat(builder, builder.trunc(number, INT32), n), _constant(n, INT32, list(range(n))))
+    for data, to, element, name in ((numbers, indices, INT32, "i32"), (v, values, FLOAT, "f32")):
+        kind, flags = _vector(n, element), _vector(n, ir.IntType(1))
+        function = _function(builder, f"llvm.experimental.vector.compress.v{n}{name}", kind, kind, flags, kind)
+        packed = builder.call(function, [data, mask, _constant(n, element, ir.Undefined)])
+        _store(builder, packed, to, at, element, n)
+    return builder.add(at, builder.zext(builder.ctpop(builder.bitcast(mask, ir.IntType(n))), INT64))
 
 
 @intrinsic
-def mark(context, source, offset, words, number, bit):
-    """Set `bit` in the words number, number + 1, ... of those of the 16 numbers at source + offset that are active."""
+def keep_nonzero(context, source, offset, number, indices, values, at):
+    """Of the 16 numbers at source + offset those that are not 0 go to `values` at `at`, and their numbers, from
+    `number` on, to `indices`. Writes 16 of both; returns the next `at`."""
 
     def generate(context, builder, signature, args):
-        source, offset, words, number, bit = args
-        mask = builder.fcmp_unordered(
-            ">", _load(builder, source, offset, REGISTER), _constant(REGISTER, FLOAT, [0.0] * REGISTER)
-        )
-        pointer = _pointer(builder, words, number, INT64, REGISTER)
-        before = builder.load(pointer)
-        before.align = 8
-        after = builder.or_(before, _splat(builder, bit, REGISTER))
-        builder.store(builder.select(mask, after, before), pointer).align = 8
-        return context.get_dummy_value()
+        source, offset, *rest = args
+        v = _load(builder, source, offset, REGISTER)
+        mask = builder.fcmp_unordered("!=", v, _constant(REGISTER, FLOAT, [0.0] * REGISTER))
+        return _pack(builder, v, mask, *rest)
 
-    return types.void(types.int64, types.int64, types.int64, types.int64, types.uint64), generate
+    return types.int64(*[types.int64] * 6), generate
+
+
+@intrinsic
+def keep_active(context, v, words, bit, number, indices, values, at):
+    """Of a vector, `bit` is set in the words number, number + 1, ... of the active numbers (above 0 or NaN), and those
+    go to `values` and `indices` as in `keep_nonzero`. Returns the next `at`."""
+
+    def generate(context, builder, signature, args):
+        whole, words, bit, number, indices, values, at = args
+        bits = _splat(builder, bit, REGISTER)
+        for first in range(0, v.lanes, REGISTER):
+            part = _lanes(builder, whole, first, REGISTER)
+            mask = _positive(builder, part)
+            here = builder.add(number, ir.Constant(INT64, first))
+            pointer = _pointer(builder, words, here, INT64, REGISTER)
+            before = builder.load(pointer)
+            before.align = 8
+            builder.store(builder.select(mask, builder.or_(before, bits), before), pointer).align = 8
+            at = _pack(builder, part, mask, here, indices, values, at)
+        return at
+
+    return types.int64(v, types.int64, types.uint64, *[types.int64] * 4), generate
+
+
+@intrinsic
+def active_lanes(context, v):
+    """A word with a bit for each lane, at most 64, that is above 0 or NaN."""
+
+    def generate(context, builder, signature, args):
+        zeros = _constant(v.lanes, FLOAT, [0.0] * v.lanes)
+        mask = builder.fcmp_unordered(">", args[0], zeros)
+        bits = builder.bitcast(mask, ir.IntType(v.lanes))
+        return bits if v.lanes == 64 else builder.zext(bits, INT64)
+
+    return types.uint64(v), generate
 
 
 def _scalars(element: Any, kind: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -305,9 +325,19 @@ get_word, put_word = _scalars(INT64, types.uint64)
 
 @intrinsic
 def trailing_zeros(context, word):
-    """Index of the lowest set bit of a word that is not 0."""
+    """Index of a word's lowest set bit; 64 where there is none."""
 
     def generate(context, builder, signature, args):
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.int64(types.uint64), generate
+
+
+@intrinsic
+def count_bits(context, word):
+    """How many bits of a word are set."""
+
+    def generate(context, builder, signature, args):
+        return builder.ctpop(args[0])
 
     return types.int64(types.uint64), generate
