@@ -29,7 +29,7 @@ from torch import Tensor
 from fastmono import optim, philox
 from fastmono.block import Block, EngineError, Model, padded, views
 from fastmono.engines import cpu as cpu_engine
-from fastmono.engines import cpu_dense, cpu_kernels, cpu_rows, cpu_sampler, simd
+from fastmono.engines import cpu_dense, cpu_kernels, cpu_rows, cpu_sampler, cpu_update, simd
 from fastmono.engines.cpu import CpuEngine
 from fastmono.engines.reference import ReferenceEngine
 from fastmono.philox import FeatureSampler
@@ -276,7 +276,14 @@ def test_compiled_sampler_gives_the_bits_of_the_feature_sampler(
         assert same_bits(f, FeatureSampler(spec).batch(step + i, 0, B))
 
 
-@pytest.mark.parametrize(("module", "sources"), [(cpu_kernels, [simd, cpu_rows, optim]), (cpu_sampler, [simd, philox])])
+@pytest.mark.parametrize(
+    ("module", "sources"),
+    [
+        (cpu_kernels, [simd, cpu_rows, cpu_update, optim]),
+        (cpu_update, [simd, cpu_rows, optim]),
+        (cpu_sampler, [simd, philox]),
+    ],
+)
 def test_what_numba_keeps_is_dropped_when_what_it_was_made_of_changes(module: Any, sources: list[Any]) -> None:
     digest = hashlib.sha256(b"".join(Path(source.__file__).read_bytes() for source in sources)).hexdigest()[:16]
     assert digest == module.SOURCES, f"set SOURCES in {module.__file__} to {digest}"
@@ -293,6 +300,35 @@ def test_moments_that_denormal_numbers_would_hold_are_zero_and_the_thread_is_lef
     assert not block.models[0].first_moment.any()
     assert torch.equal(block.models[0].parameters, reference.models[0].parameters)
     assert torch.tensor([1e-39]).mul(1.0).item() > 0
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_neurons_at_rest_are_what_they_are_when_every_row_is_updated(optimizer: str) -> None:
+    # A third of the neurons work, a third never do, and a third wake up when their biases have decayed; all have second
+    # moments from a past. One call of 60 steps, and calls of one step, in which nothing can be put off.
+    spec = spec_of(optimizer=optimizer, bias_decay=2.0, lr=0.01, n_neurons=60, steps=1000, l1=0.0, frequency="uniform")
+    whole, cut, truth = Block.new([spec]), Block.new([spec]), Block.new([spec], torch.float64)
+    for block in (whole, cut, truth):
+        tensors = block.models[0].tensors
+        tensors["b"][20:40], tensors["b"][40:] = -60.0, -2.5
+        if optimizer != "sgd":
+            for tensor in views(spec, block.models[0].second_moment).values():
+                tensor.fill_(1e-6)
+    assert tensors["W_in"][40:].norm() > 0
+    before = whole.models[0].tensors["W_outT"].clone()
+    losses = CpuEngine().advance(whole, 60)
+    engine = CpuEngine()
+    ones = torch.cat([engine.advance(cut, 1) for _ in range(60)], 1)
+    assert same_bits(losses, ones) and same_state(whole.models[0], cut.models[0])
+    ReferenceEngine().advance(truth, 60)
+    found = whole.models[0]
+    for part in ("parameters", "second_moment") if optimizer != "sgd" else ("parameters",):
+        its, right = (views(spec, getattr(block.models[0], part)) for block in (whole, truth))
+        for name in right:
+            assert float((its[name][20:40] - right[name][20:40]).norm() / right[name][20:40].norm()) < 60 * 2.0**-24
+            assert float((its[name] - right[name]).norm() / right[name].norm()) < 1e-3, (part, name)
+    moved = (found.tensors["W_outT"] != before).any(1)
+    assert moved[:20].any() and moved[40:].any() and (optimizer == "adamw" or not moved[20:40].any())
 
 
 @pytest.mark.slow

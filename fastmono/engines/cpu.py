@@ -167,6 +167,9 @@ class Workspace:
                 "ENDS": torch.zeros(kernels.TILE * (blocks + 1), dtype=torch.int32, device="cpu"),
                 "WORDS": torch.zeros(K, dtype=torch.int64, device="cpu"),
                 "COUNTING": torch.arange(M, dtype=torch.int32, device="cpu"),
+                "CHANGED": torch.zeros(K, **FLOAT32),
+                "MOVING": torch.zeros(K, **FLOAT32),
+                "BEHIND": torch.zeros(K, dtype=torch.int32, device="cpu"),
             }
         self.fields = dict.fromkeys(kernels.Problem._fields, 0)
         self.fields |= {name: buffer.data_ptr() for name, buffer in self.buffers.items() if name in self.fields}

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastmono.block import Model, padded
 from fastmono.engines import cpu_kernels as kernels
+from fastmono.engines.cpu_update import update
 from fastmono.spec import ModelSpec
 from fastmono.tasks import ACTIVATION, DERIVATIVE
 
@@ -114,7 +115,7 @@ def dense_steps(model: Model, work: Workspace, problem: kernels.Problem, n: int)
         loss = gradients(model, work, problem, step)
         work.losses[step] = loss
         lr, factor = np.float32(work.rates[step].item()), np.float32(work.factors[step].item())
-        finite = kernels.update(problem, unit, lr, work.corrections.data_ptr(), step, factor)
+        finite = update(problem, unit, lr, work.corrections.data_ptr(), step, factor)
         if not (finite and math.isfinite(work.losses[step])):
             return step
     return n

@@ -9,7 +9,7 @@ sample activates: a pair of (sample, neuron) with z <= 0 has h = dz = 0 and adds
                                               over the samples that activate neuron j, all in units of 2/B
 
 Where features are too many for that to pay, z is b + sum of x_c W_in^T[c]. Samples pass in tiles of 64, so that the
-samples that activate a neuron are the bits of one word.
+samples that activate a neuron are the bits of one word. The update (cpu_update.py) leaves out neurons at rest.
 
 Fields and arguments in capitals are addresses, as simd.py explains. Rows are padded with zeros to a multiple of 16:
 M, K and O are the padded embedding dimension, neurons and outputs. N features, B samples.
@@ -31,10 +31,10 @@ from fastmono.engines.cpu_rows import (
     find_active,
     piece,
 )
+from fastmono.engines.cpu_update import ONE, catch_up_all_rows, clear_row, fill_with, find_moving_rows, update_rows
 from fastmono.engines.simd import (
     REGISTER,
-    add,
-    divide,
+    any_nonzero,
     dot,
     entry,
     get_float,
@@ -42,32 +42,24 @@ from fastmono.engines.simd import (
     get_word,
     inner,
     load,
-    multiply,
     multiply_add,
     put_float,
     put_int,
     put_word,
     splat,
-    square_root,
     store,
     subtract,
 )
-from fastmono.optim import ADAMW_EPS, ADAMW_WEIGHT_DECAY, BETA1, BETA2, LAMB_EPS, LAMB_LARGEST_NORM
 
-SOURCES = "20c256be9e0306ec"
-"""The first digits of the SHA-256 of simd.py, cpu_rows.py and fastmono/optim.py. Numba keeps what it compiled until
-this file changes, and cannot see that those have: with them, this line must."""
+SOURCES = "ca19b8d242974da5"
+"""The first digits of the SHA-256 of simd.py, cpu_rows.py, cpu_update.py and fastmono/optim.py. Numba keeps what it
+compiled until this file changes, and cannot see that those have: with them, this line must."""
 TILE = 64
 """Samples worked on at a time: the bits of a word."""
 BLOCK = 64
 """Neurons worked on at a time: so many rows of 128 numbers take 32 KiB, and stay in the first cache for a tile."""
 LEAST_ACTIVE = 8
 """Active neurons of a sample that are worked on together, on average, where a block has fewer."""
-ONE = np.float32(1.0)
-FIRST_KEPT, FIRST_NEW = np.float32(BETA1), np.float32(1 - BETA1)
-SECOND_KEPT, SECOND_NEW = np.float32(BETA2), np.float32(1 - BETA2)
-SMALL_LAMB, SMALL_ADAMW = np.float32(LAMB_EPS), np.float32(ADAMW_EPS)
-LARGEST_NORM, DECAY = np.float32(LAMB_LARGEST_NORM), np.float32(ADAMW_WEIGHT_DECAY)
 
 
 class Problem(NamedTuple):
@@ -134,24 +126,35 @@ class Problem(NamedTuple):
     """uint64 [K]: for each neuron, the samples that activate it."""
     COUNTING: int
     """int32: 0, 1, 2, ... up to M."""
+    CHANGED: int
+    """[K]: 1 for a neuron with a gradient in this step, and once the step is done, for one whose rows have changed."""
+    MOVING: int
+    """[K]: 1 for a neuron whose first moment, of W_in or W_out^T, is not zero."""
+    BEHIND: int
+    """int32 [k]: updates that the second moment of a neuron has not seen."""
 
 
 @inner
 def prepare(p):
-    """W_in^T, and G^T where z comes from it."""
+    """W_in^T of the rows that have changed, and G^T where z comes from it."""
     for j in range(p.k):
-        for c in range(p.M):
-            put_float(p.W_T, c * p.LK + j, get_float(p.PARAMETERS, j * p.M + c))
-    if p.through_features:
-        column = 0
-        while column < p.K:
-            lanes = piece(p.K - column)
+        if get_float(p.CHANGED, j) != ZERO:
+            for c in range(p.M):
+                put_float(p.W_T, c * p.LK + j, get_float(p.PARAMETERS, j * p.M + c))
+    column = 0 if p.through_features else p.K
+    while column < p.K:
+        stop = column
+        while stop < p.K and any_nonzero(load(p.CHANGED, stop, REGISTER)):
+            stop += REGISTER
+        while column < stop:
+            lanes = piece(stop - column)
             for i in range(p.N):
                 fill(p.G_T, i * p.LK + column, lanes)
                 add_rows(
                     lanes, p.P_T + 4 * i * p.M, p.COUNTING, 0, p.M, p.W_T, p.LK, column, p.G_T, i * p.LK + column
                 )  # fmt: skip
             column += lanes
+        column += REGISTER  # which has not changed, or is beyond the end
 
 
 @inner
@@ -260,6 +263,9 @@ def backward_tile(p, count, together, half_l1):
         for j in range(p.k):
             word = get_word(p.WORDS, j)
             if word != 0:
+                if get_float(p.CHANGED, j) == ZERO:
+                    put_float(p.CHANGED, j, ONE)
+                    clear_row(p, j)
                 out = p.at_out + j * p.O + column
                 add_marked_rows(lanes, word, p.Z, j, p.LK, p.E, p.LE, column, p.GRADIENT, out)
         column += lanes
@@ -277,65 +283,6 @@ def backward_tile(p, count, together, half_l1):
         column += lanes
 
 
-@inner
-def moments(p, first, last, unit):
-    """Update both moments of the numbers first to last of a model; returns |p|^2 and |u|^2, and leaves LAMB's u in
-    GRADIENT."""
-    norm_p, norm_u = splat(ZERO, REGISTER), splat(ZERO, REGISTER)
-    for i in range(first, last, REGISTER):
-        g = multiply(splat(unit, REGISTER), load(p.GRADIENT, i, REGISTER))
-        m = multiply_add(FIRST_NEW, g, multiply(splat(FIRST_KEPT, REGISTER), load(p.FIRST, i, REGISTER)))
-        kept = multiply(splat(SECOND_KEPT, REGISTER), load(p.SECOND, i, REGISTER))
-        v = multiply_add(SECOND_NEW, multiply(g, g), kept)
-        store(p.FIRST, i, m)
-        store(p.SECOND, i, v)
-        u = divide(m, add(square_root(v), splat(SMALL_LAMB, REGISTER)))
-        store(p.GRADIENT, i, u)
-        x = load(p.PARAMETERS, i, REGISTER)
-        norm_p, norm_u = add(norm_p, multiply(x, x)), add(norm_u, multiply(u, u))
-    ones = splat(ONE, REGISTER)
-    return dot(norm_p, ones), dot(norm_u, ones)
-
-
-@inner
-def update_tensor(p, first, last, unit, lr, corrections, step, factor):
-    """One optimizer step and `factor` on the numbers first to last of a model; whether they are finite."""
-    scale = -lr
-    if p.optimizer == 0:
-        square_p, square_u = moments(p, first, last, unit)
-        norm_p, norm_u = np.sqrt(square_p), np.sqrt(square_u)
-        clamped = LARGEST_NORM if norm_p > LARGEST_NORM else norm_p  # a NaN stays
-        scale = -lr * (ONE if norm_p == ZERO or norm_u == ZERO else clamped / norm_u)
-    elif p.optimizer == 1:
-        moments(p, first, last, unit)
-        scale = -lr / get_float(corrections, 2 * step)
-        root = ONE / get_float(corrections, 2 * step + 1)
-    finite = splat(ZERO, REGISTER)
-    for i in range(first, last, REGISTER):
-        x = load(p.PARAMETERS, i, REGISTER)
-        if p.optimizer == 0:
-            x = multiply_add(scale, load(p.GRADIENT, i, REGISTER), x)
-        elif p.optimizer == 1:
-            x = multiply(splat(ONE - lr * DECAY, REGISTER), x)
-            v = multiply(splat(root, REGISTER), square_root(load(p.SECOND, i, REGISTER)))
-            u = divide(load(p.FIRST, i, REGISTER), add(v, splat(SMALL_ADAMW, REGISTER)))
-            x = multiply_add(scale, u, x)
-        else:
-            x = multiply_add(scale, multiply(splat(unit, REGISTER), load(p.GRADIENT, i, REGISTER)), x)
-        x = multiply(splat(factor, REGISTER), x)
-        store(p.PARAMETERS, i, x)
-        finite = multiply_add(ZERO, x, finite)  # 0 inf and 0 NaN are NaN
-    return dot(finite, splat(ONE, REGISTER)) == ZERO
-
-
-@entry
-def update(p, unit, lr, corrections, step, factor):
-    """One optimizer step of a model from GRADIENT, and bias decay; whether all of its parameters are finite."""
-    finite = update_tensor(p, 0, p.at_b, unit, lr, corrections, step, ONE)
-    finite &= update_tensor(p, p.at_b, p.at_out, unit, lr, corrections, step, factor)
-    return finite & update_tensor(p, p.at_out, p.size, unit, lr, corrections, step, ONE)
-
-
 @entry
 def train(p, steps, unit, half_l1, rates, corrections, factors, losses):
     """Train one ReLU model for so many steps, and return how many of them went well: a step whose loss or parameters
@@ -344,10 +291,14 @@ def train(p, steps, unit, half_l1, rates, corrections, factors, losses):
     rates, factors, losses: addresses of float32 [steps], learning rates, factors of the bias, and the losses to be
     written; corrections: float32 [steps, 2], AdamW's.
     """
-    for step in range(steps):
-        starts = p.STARTS + 4 * step * (p.B + 1)
+    find_moving_rows(p)
+    fill_with(p.CHANGED, p.K, ONE)
+    well = 0
+    while well < steps:
+        starts = p.STARTS + 4 * well * (p.B + 1)
         prepare(p)
-        fill(p.GRADIENT, 0, p.size)
+        fill(p.CHANGED, 0, p.K)
+        fill(p.GRADIENT, p.at_b, p.K)
         total = 0.0
         for first in range(0, p.B, TILE):
             count = min(TILE, p.B - first)
@@ -356,11 +307,13 @@ def train(p, steps, unit, half_l1, rates, corrections, factors, losses):
             total += output_tile(p, count, together)
             backward_tile(p, count, together, half_l1)
         loss = np.float32(total / p.B)
-        put_float(losses, step, loss)
-        finite = update(p, unit, get_float(rates, step), corrections, step, get_float(factors, step))
+        put_float(losses, well, loss)
+        finite = update_rows(p, unit, get_float(rates, well), corrections, well, get_float(factors, well))
         if not (finite and np.isfinite(loss)):
-            return step
-    return steps
+            break
+        well += 1
+    catch_up_all_rows(p)
+    return well
 
 
 @entry

@@ -6,6 +6,7 @@ its arrays wherever a function takes one, which costs more than some of the rows
 
     load, store              a vector at base + offset          splat            a scalar in every lane
     add, subtract, ...       lane by lane                       multiply_add     acc + a v for a scalar a, rounded once
+    either, any_nonzero      their bits together; whether one is not 0
     dot, four_dots           sums of v w                        get_*, put_*     single numbers
     keep_nonzero             those of 16 numbers that are not 0, one after another, with their indices
     keep_active              the same for active ones, which are marked as well
@@ -156,6 +157,29 @@ def _binary(instruction: str) -> Callable[..., Any]:
 
 
 add, subtract, multiply, divide = map(_binary, ("fadd", "fsub", "fmul", "fdiv"))
+
+
+@intrinsic
+def either(context, v, w):
+    """The bits of v or w: 0 where both are 0 of either sign."""
+
+    def generate(context, builder, signature, args):
+        words = _vector(v.lanes, INT32)
+        return builder.bitcast(builder.or_(*(builder.bitcast(x, words) for x in args)), _vector(v.lanes))
+
+    return v(v, w), generate
+
+
+@intrinsic
+def any_nonzero(context, v):
+    """Whether a lane of 16 is not 0, or NaN."""
+
+    def generate(context, builder, signature, args):
+        mask = builder.fcmp_unordered("!=", args[0], _constant(REGISTER, FLOAT, [0.0] * REGISTER))
+        kind = ir.IntType(REGISTER)
+        return builder.icmp_unsigned("!=", builder.bitcast(mask, kind), ir.Constant(kind, 0))
+
+    return types.boolean(v), generate
 
 
 @intrinsic

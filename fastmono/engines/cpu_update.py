@@ -1,0 +1,226 @@
+"""The optimizer of the CPU engine: one step of a model from GRADIENT, and bias decay, compiled by Numba.
+
+    lamb    m = .9 m + .1 g     v = .999 v + .001 g^2     u = m / (sqrt(v) + eps)     p -= lr min(|p|, 10) / |u| u
+    adamw   p = (1 - .01 lr) p - lr m' / (sqrt(v') + eps), with the moments corrected for their start at 0
+    sgd     p -= lr g                           norms are those of a tensor; g is `unit` times GRADIENT
+
+LAMB and SGD leave a neuron alone, exactly, whose rows of W_in and W_out^T have neither a gradient in this step nor a
+first moment: its u is 0. That is most of a layer that starts at a negative bias. Its v alone decays; what it has not
+seen it is multiplied by later, one step after another as it would have been, when the neuron moves again or the call
+ends. So the bits do not depend on where calls cut the steps.
+
+`p` is a Problem (cpu_kernels.py), whose fields in capitals are addresses.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastmono.engines.cpu_rows import ZERO, fill
+from fastmono.engines.simd import (
+    REGISTER,
+    add,
+    any_nonzero,
+    divide,
+    dot,
+    either,
+    entry,
+    get_float,
+    get_int,
+    inner,
+    load,
+    multiply,
+    multiply_add,
+    put_float,
+    put_int,
+    splat,
+    square_root,
+    store,
+)
+from fastmono.optim import ADAMW_EPS, ADAMW_WEIGHT_DECAY, BETA1, BETA2, LAMB_EPS, LAMB_LARGEST_NORM
+
+SOURCES = "b569f2dbc19d495c"
+"""As in cpu_kernels.py, of simd.py, cpu_rows.py and fastmono/optim.py."""
+ONE = np.float32(1.0)
+FIRST_KEPT, FIRST_NEW = np.float32(BETA1), np.float32(1 - BETA1)
+SECOND_KEPT, SECOND_NEW = np.float32(BETA2), np.float32(1 - BETA2)
+SMALL_LAMB, SMALL_ADAMW = np.float32(LAMB_EPS), np.float32(ADAMW_EPS)
+LARGEST_NORM, DECAY = np.float32(LAMB_LARGEST_NORM), np.float32(ADAMW_WEIGHT_DECAY)
+LAMB, ADAMW = 0, 1
+
+
+@inner
+def fill_with(out, count, value):
+    """`value`, `count` (a multiple of 16) times."""
+    for i in range(0, count, REGISTER):
+        store(out, i, splat(value, REGISTER))
+
+
+@inner
+def clear_row(p, j):
+    """No gradient for the weights of neuron j."""
+    fill(p.GRADIENT, j * p.M, p.M)
+    fill(p.GRADIENT, p.at_out + j * p.O, p.O)
+
+
+@inner
+def moments(p, first, last, unit, norm_p, norm_u):
+    """Update both moments of the numbers first to last, and leave LAMB's u in GRADIENT; returns sums of p^2 and u^2,
+    16 of each, added to those given, and whether the first moment is not 0."""
+    some = splat(ZERO, REGISTER)
+    for i in range(first, last, REGISTER):
+        g = multiply(splat(unit, REGISTER), load(p.GRADIENT, i, REGISTER))
+        m = multiply_add(FIRST_NEW, g, multiply(splat(FIRST_KEPT, REGISTER), load(p.FIRST, i, REGISTER)))
+        kept = multiply(splat(SECOND_KEPT, REGISTER), load(p.SECOND, i, REGISTER))
+        v = multiply_add(SECOND_NEW, multiply(g, g), kept)
+        store(p.FIRST, i, m)
+        store(p.SECOND, i, v)
+        u = divide(m, add(square_root(v), splat(SMALL_LAMB, REGISTER)))
+        store(p.GRADIENT, i, u)
+        x = load(p.PARAMETERS, i, REGISTER)
+        norm_p, norm_u, some = add(norm_p, multiply(x, x)), add(norm_u, multiply(u, u)), either(some, m)
+    return norm_p, norm_u, any_nonzero(some)
+
+
+@inner
+def lamb_scale(norm_p, norm_u, lr):
+    """What u is multiplied by, from 16 sums of p^2 and u^2 of a tensor."""
+    ones = splat(ONE, REGISTER)
+    norm, other = np.sqrt(dot(norm_p, ones)), np.sqrt(dot(norm_u, ones))
+    clamped = LARGEST_NORM if norm > LARGEST_NORM else norm  # a NaN stays
+    return -lr * (ONE if norm == ZERO or other == ZERO else clamped / other)
+
+
+@inner
+def add_step(p, first, last, scale, factor):
+    """Parameters first to last: `factor` times what `scale` times GRADIENT makes of them; 0, or NaN where they are not
+    finite."""
+    finite = splat(ZERO, REGISTER)
+    for i in range(first, last, REGISTER):
+        x = multiply_add(scale, load(p.GRADIENT, i, REGISTER), load(p.PARAMETERS, i, REGISTER))
+        x = multiply(splat(factor, REGISTER), x)
+        store(p.PARAMETERS, i, x)
+        finite = multiply_add(ZERO, x, finite)  # 0 inf and 0 NaN are NaN
+    return finite
+
+
+@inner
+def add_adamw_step(p, first, last, lr, corrections, step, factor):
+    """`add_step`, AdamW's, from the moments."""
+    scale, root = -lr / get_float(corrections, 2 * step), ONE / get_float(corrections, 2 * step + 1)
+    finite = splat(ZERO, REGISTER)
+    for i in range(first, last, REGISTER):
+        x = multiply(splat(ONE - lr * DECAY, REGISTER), load(p.PARAMETERS, i, REGISTER))
+        v = multiply(splat(root, REGISTER), square_root(load(p.SECOND, i, REGISTER)))
+        u = divide(load(p.FIRST, i, REGISTER), add(v, splat(SMALL_ADAMW, REGISTER)))
+        x = multiply(splat(factor, REGISTER), multiply_add(scale, u, x))
+        store(p.PARAMETERS, i, x)
+        finite = multiply_add(ZERO, x, finite)
+    return finite
+
+
+@inner
+def update_tensor(p, first, last, unit, lr, corrections, step, factor):
+    """One optimizer step and `factor` on the tensor of the numbers first to last; whether they are finite."""
+    none = splat(ZERO, REGISTER)
+    if p.optimizer == LAMB:
+        norm_p, norm_u, _ = moments(p, first, last, unit, none, none)
+        finite = add_step(p, first, last, lamb_scale(norm_p, norm_u, lr), factor)
+    elif p.optimizer == ADAMW:
+        moments(p, first, last, unit, none, none)
+        finite = add_adamw_step(p, first, last, lr, corrections, step, factor)
+    else:
+        finite = add_step(p, first, last, -lr * unit, factor)
+    return dot(finite, splat(ONE, REGISTER)) == ZERO
+
+
+@inner
+def update_weights(p, first, length, unit, lr):
+    """`update_tensor` of the rows of a tensor that may change (CHANGED), for LAMB and SGD; notes which are MOVING."""
+    norm_p = splat(ZERO, REGISTER)
+    norm_u, finite, scale = norm_p, norm_p, -lr * unit
+    if p.optimizer == LAMB:
+        for j in range(p.k):
+            row = first + j * length
+            if get_float(p.CHANGED, j) != ZERO:
+                norm_p, norm_u, moves = moments(p, row, row + length, unit, norm_p, norm_u)
+                if moves:
+                    put_float(p.MOVING, j, ONE)
+            else:
+                for i in range(row, row + length, REGISTER):
+                    x = load(p.PARAMETERS, i, REGISTER)
+                    norm_p = add(norm_p, multiply(x, x))
+        scale = lamb_scale(norm_p, norm_u, lr)
+    for j in range(p.k):
+        if get_float(p.CHANGED, j) != ZERO:
+            finite = add(finite, add_step(p, first + j * length, first + (j + 1) * length, scale, ONE))
+    return dot(finite, splat(ONE, REGISTER)) == ZERO
+
+
+@inner
+def find_moving_rows(p):
+    """MOVING and BEHIND before the first of several steps."""
+    for j in range(p.k):
+        some = splat(ZERO, REGISTER)
+        if p.optimizer == LAMB:
+            for i in range(j * p.M, (j + 1) * p.M, REGISTER):
+                some = either(some, load(p.FIRST, i, REGISTER))
+            for i in range(p.at_out + j * p.O, p.at_out + (j + 1) * p.O, REGISTER):
+                some = either(some, load(p.FIRST, i, REGISTER))
+        put_float(p.MOVING, j, ONE if p.optimizer == ADAMW or any_nonzero(some) else ZERO)
+        put_int(p.BEHIND, j, 0)
+
+
+@inner
+def catch_up(p, first, last, steps):
+    """The second moment of the numbers first to last, `steps` updates without a gradient later."""
+    for i in range(first, last, REGISTER):
+        v = load(p.SECOND, i, REGISTER)
+        for _ in range(steps):
+            v = multiply(splat(SECOND_KEPT, REGISTER), v)
+        store(p.SECOND, i, v)
+
+
+@inner
+def catch_up_row(p, j):
+    """The same for neuron j, and all the updates it has not seen."""
+    behind = get_int(p.BEHIND, j)
+    if behind > 0 and p.optimizer == LAMB:
+        catch_up(p, j * p.M, (j + 1) * p.M, behind)
+        catch_up(p, p.at_out + j * p.O, p.at_out + (j + 1) * p.O, behind)
+    put_int(p.BEHIND, j, 0)
+
+
+@inner
+def catch_up_all_rows(p):
+    """The same for every neuron, after the last of several steps."""
+    for j in range(p.k):
+        catch_up_row(p, j)
+
+
+@inner
+def update_rows(p, unit, lr, corrections, step, factor):
+    """`update` of a model whose GRADIENT was written for the neurons CHANGED alone; afterwards those are CHANGED whose
+    rows are not what they were."""
+    for j in range(p.k):
+        if get_float(p.CHANGED, j) == ZERO and get_float(p.MOVING, j) != ZERO:
+            clear_row(p, j)
+            put_float(p.CHANGED, j, ONE)
+        if get_float(p.CHANGED, j) != ZERO:
+            catch_up_row(p, j)
+        else:
+            put_int(p.BEHIND, j, get_int(p.BEHIND, j) + 1)
+    if p.optimizer == ADAMW:  # whose weights decay, every one
+        return update(p, unit, lr, corrections, step, factor)
+    fill(p.MOVING, 0, p.K)
+    finite = update_weights(p, 0, p.M, unit, lr)
+    finite &= update_tensor(p, p.at_b, p.at_out, unit, lr, corrections, step, factor)
+    return finite & update_weights(p, p.at_out, p.O, unit, lr)
+
+
+@entry
+def update(p, unit, lr, corrections, step, factor):
+    """One optimizer step of a model from a whole GRADIENT, and bias decay; whether all of its parameters are finite."""
+    finite = update_tensor(p, 0, p.at_b, unit, lr, corrections, step, ONE)
+    finite &= update_tensor(p, p.at_b, p.at_out, unit, lr, corrections, step, factor)
+    return finite & update_tensor(p, p.at_out, p.size, unit, lr, corrections, step, ONE)
