@@ -152,8 +152,8 @@ class Workspace:
         pairs = kernels.TILE * LK
         if path in ("features", "embedding"):
             sizes = {
-                "G_T": N * LK if path == "features" else 0, "W_T": M * LK, "Z": pairs, "DZ": pairs, "H": pairs,
-                "X": kernels.TILE * M, "E": kernels.TILE * LE,
+                "G_T": N * LK if path == "features" else 0, "W_T": M * LK, "H": pairs, "DZ": pairs,
+                "ROW": kernels.BLOCK, "X": kernels.TILE * M, "E": kernels.TILE * LE,
             }  # fmt: skip
         else:
             rows = tile_rows(spec)
@@ -164,6 +164,7 @@ class Workspace:
         if path in ("features", "embedding"):
             self.buffers |= {
                 "ACTIVE": torch.zeros(pairs, dtype=torch.int32, device="cpu"),
+                "NEXT": torch.zeros(kernels.TILE, dtype=torch.int32, device="cpu"),
                 "ENDS": torch.zeros(kernels.TILE * (blocks + 1), dtype=torch.int32, device="cpu"),
                 "WORDS": torch.zeros(K, dtype=torch.int64, device="cpu"),
                 "COUNTING": torch.arange(M, dtype=torch.int32, device="cpu"),

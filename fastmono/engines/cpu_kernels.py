@@ -51,7 +51,7 @@ from fastmono.engines.simd import (
     subtract,
 )
 
-SOURCES = "ca19b8d242974da5"
+SOURCES = "f7ddbbcf27d1baa4"
 """The first digits of the SHA-256 of simd.py, cpu_rows.py, cpu_update.py and fastmono/optim.py. Numba keeps what it
 compiled until this file changes, and cannot see that those have: with them, this line must."""
 TILE = 64
@@ -81,7 +81,7 @@ class Problem(NamedTuple):
     O: int  # noqa: E741
     B: int
     LK: int
-    """Length of a row of Z, DZ, W_T, G_T, ACTIVE and H."""
+    """Length of a row of W_T and G_T, and of the lists ACTIVE, H and DZ."""
     LE: int
     """Length of a row of E."""
     STARTS: int
@@ -107,10 +107,6 @@ class Problem(NamedTuple):
     """[N, LK]"""
     W_T: int
     """[M, LK]: W_in^T."""
-    Z: int
-    """[TILE, LK], where one of 16 neighbours is active."""
-    DZ: int
-    """[TILE, LK], where a neuron is active."""
     X: int
     """[TILE, M]"""
     E: int
@@ -119,6 +115,12 @@ class Problem(NamedTuple):
     """int32 [TILE, LK]: the active neurons of each sample, and room."""
     H: int
     """[TILE, LK]: their activations."""
+    DZ: int
+    """[TILE, LK]: their dz."""
+    NEXT: int
+    """int32 [TILE]: the next of each sample's active neurons that is needed."""
+    ROW: int
+    """[BLOCK]"""
     ENDS: int
     """int32 [TILE, blocks + 1]: where those of each block of neurons begin, and those of the last one end."""
     blocks: int
@@ -129,7 +131,7 @@ class Problem(NamedTuple):
     CHANGED: int
     """[K]: 1 for a neuron with a gradient in this step, and once the step is done, for one whose rows have changed."""
     MOVING: int
-    """[K]: 1 for a neuron whose first moment, of W_in or W_out^T, is not zero."""
+    """[K]: 1 for a neuron whose first moment, of W_in or W_out^T, is not zero; for all, with SGD and AdamW."""
     BEHIND: int
     """int32 [k]: updates that the second moment of a neuron has not seen."""
 
@@ -176,7 +178,7 @@ def embed_sample(p, starts, r, x, e):
 
 @inner
 def hidden_tile(p, starts, first, count):
-    """X and -tau (in E) of samples first to first + count, and their active neurons: ACTIVE, H, ENDS, WORDS, and Z."""
+    """X and -tau (in E) of samples first to first + count, and their active neurons: ACTIVE, H, ENDS and WORDS."""
     for j in range(p.K):
         put_word(p.WORDS, j, np.uint64(0))
     for r in range(count):
@@ -199,7 +201,7 @@ def hidden_tile(p, starts, first, count):
                 end = get_int(p.ENDS, ends + (column % BLOCK != 0))
                 end = find_active(
                     lanes, factors, numbers, present, last, rows, p.LK, column, p.PARAMETERS + 4 * p.at_b,
-                    p.Z, r * p.LK, p.WORDS, np.uint64(1) << np.uint64(r), p.ACTIVE, p.H, end,
+                    p.ROW, p.WORDS, np.uint64(1) << np.uint64(r), p.ACTIVE, p.H, end,
                 )  # fmt: skip
                 put_int(p.ENDS, ends + 1, end)
             column += lanes
@@ -241,6 +243,13 @@ def output_tile(p, count, together):
 
 
 @inner
+def first_factors(p, count):
+    """NEXT at the beginning of each sample's list."""
+    for r in range(count):
+        put_int(p.NEXT, r, r * p.LK)
+
+
+@inner
 def backward_tile(p, count, together, half_l1):
     """DZ of a tile, and its part of GRADIENT."""
     column = 0
@@ -254,12 +263,13 @@ def backward_tile(p, count, together, half_l1):
                 if first < last:
                     dot_rows(
                         lanes, p.E, r * p.LE + column, p.ACTIVE, first, last, p.PARAMETERS + 4 * p.at_out, p.O, column,
-                        p.DZ, r * p.LK, half_l1,
+                        p.DZ, half_l1,
                     )  # fmt: skip
         column += lanes
     column = 0
     while column < p.O:
         lanes = piece(p.O - column)
+        first_factors(p, count)
         for j in range(p.k):
             word = get_word(p.WORDS, j)
             if word != 0:
@@ -267,17 +277,16 @@ def backward_tile(p, count, together, half_l1):
                     put_float(p.CHANGED, j, ONE)
                     clear_row(p, j)
                 out = p.at_out + j * p.O + column
-                add_marked_rows(lanes, word, p.Z, j, p.LK, p.E, p.LE, column, p.GRADIENT, out)
+                add_marked_rows(lanes, word, p.H, p.NEXT, p.E, p.LE, column, p.GRADIENT, out)
         column += lanes
     column = 0
     while column < p.M:
         lanes = piece(p.M - column)
+        first_factors(p, count)
         for j in range(p.k):
             word = get_word(p.WORDS, j)
             if word != 0:
-                db = add_marked_rows(
-                    lanes, word, p.DZ, j, p.LK, p.X, p.M, column, p.GRADIENT, j * p.M + column
-                )  # fmt: skip
+                db = add_marked_rows(lanes, word, p.DZ, p.NEXT, p.X, p.M, column, p.GRADIENT, j * p.M + column)
                 if column == 0:
                     put_float(p.GRADIENT, p.at_b + j, get_float(p.GRADIENT, p.at_b + j) + db)
         column += lanes

@@ -24,7 +24,6 @@ from fastmono.engines.simd import (
     get_word,
     inner,
     keep_active,
-    lane,
     load,
     multiply_add,
     put_float,
@@ -59,64 +58,70 @@ def _row_kernels(lanes: int) -> tuple[Any, Any, Any, Any]:
         store(out, at, add(even, odd))
 
     @inner
-    def find_active(
-        factors, numbers, first, last, rows, length, column, start, z, at, words, bit, indices, values, end
-    ):
-        """z[at:] = start + sum over i of factors[i] rows[numbers[i]], from `column` on, where any is active.
+    def find_active(factors, numbers, first, last, rows, length, column, start, row, words, bit, indices, values, end):
+        """Lists those of start + sum over i of factors[i] rows[numbers[i]], from `column` on, that are active.
 
-        The active ones are listed in `indices` and `values` from `end` on, and `bit` is set in their words. Returns
-        where the list ends.
+        Their numbers and values go to `indices` and `values` from `end` on, and `bit` is set in their words. Returns
+        where the list ends. `row` is room for a piece.
         """
         even, odd = load(start, column, lanes), splat(ZERO, lanes)
         i = first
         while i + 2 <= last:
-            row, next_row = get_int(numbers, i) * length + column, get_int(numbers, i + 1) * length + column
-            even = multiply_add(get_float(factors, i), load(rows, row, lanes), even)
-            odd = multiply_add(get_float(factors, i + 1), load(rows, next_row, lanes), odd)
+            at, next_at = get_int(numbers, i) * length + column, get_int(numbers, i + 1) * length + column
+            even = multiply_add(get_float(factors, i), load(rows, at, lanes), even)
+            odd = multiply_add(get_float(factors, i + 1), load(rows, next_at, lanes), odd)
             i += 2
         if i < last:
-            row = get_int(numbers, i) * length + column
-            even = multiply_add(get_float(factors, i), load(rows, row, lanes), even)
+            at = get_int(numbers, i) * length + column
+            even = multiply_add(get_float(factors, i), load(rows, at, lanes), even)
         v = add(even, odd)
         word = active_lanes(v)
         if word == 0:
             return end
-        store(z, at + column, v)
         found = count_bits(word)
         if found > FEW:
             return keep_active(v, words, bit, column, indices, values, end)
+        store(row, 0, v)
         for i in range(FEW):  # no branch depends on how many: those that are too many are not counted
-            r = column + (trailing_zeros(word) & 63)
-            put_int(indices, end + i, r)
-            put_float(values, end + i, get_float(z, at + r))
-            put_word(words, r, get_word(words, r) | (bit if word != 0 else np.uint64(0)))
+            r = trailing_zeros(word) & 63
+            put_int(indices, end + i, column + r)
+            put_float(values, end + i, get_float(row, r))
+            put_word(words, column + r, get_word(words, column + r) | (bit if word != 0 else np.uint64(0)))
             word &= word - np.uint64(1)
         return end + found
 
     @inner
-    def add_marked_rows(word, factors, number, stride, rows, length, column, out, at):
-        """out[at:] += sum over set bits r of factors[number + r stride] rows[r, column:]; returns the factors' sum."""
+    def add_marked_rows(word, factors, next_factor, rows, length, column, out, at):
+        """out[at:] += sum over set bits r of a factor times rows[r, column:]; returns the factors' sum.
+
+        The factor of r is factors[next_factor[r]], which moves on: called for one neuron after another, it takes each
+        sample's list in its order.
+        """
         even, odd = load(out, at, lanes), splat(ZERO, lanes)
         total, other = ZERO, ZERO
         while word != 0:
             r = trailing_zeros(word)
             word &= word - np.uint64(1)
-            factor = get_float(factors, number + r * stride)
+            i = get_int(next_factor, r)
+            put_int(next_factor, r, i + 1)
+            factor = get_float(factors, i)
             total += factor
             even = multiply_add(factor, load(rows, r * length + column, lanes), even)
             if word == 0:
                 break
             r = trailing_zeros(word)
             word &= word - np.uint64(1)
-            factor = get_float(factors, number + r * stride)
+            i = get_int(next_factor, r)
+            put_int(next_factor, r, i + 1)
+            factor = get_float(factors, i)
             other += factor
             odd = multiply_add(factor, load(rows, r * length + column, lanes), odd)
         store(out, at, add(even, odd))
         return total + other
 
     @inner
-    def dot_rows(e, at, numbers, first, last, rows, length, column, out, base, start):
-        """out[base + j] = start + e[at:] . rows[j, column:], j in numbers[first:last]; added to it but at column 0."""
+    def dot_rows(e, at, numbers, first, last, rows, length, column, out, start):
+        """out[i] = start + e[at:] . rows[numbers[i], column:], i from first to last; added to it but at column 0."""
         v = load(e, at, lanes)
         i = first
         while i + 4 <= last:
@@ -130,15 +135,11 @@ def _row_kernels(lanes: int) -> tuple[Any, Any, Any, Any]:
                 v, load(rows, j0 * length + column, lanes), load(rows, j1 * length + column, lanes),
                 load(rows, j2 * length + column, lanes), load(rows, j3 * length + column, lanes),
             )  # fmt: skip
-            put_float(out, base + j0, lane(sums, 0) + (start if column == 0 else get_float(out, base + j0)))
-            put_float(out, base + j1, lane(sums, 1) + (start if column == 0 else get_float(out, base + j1)))
-            put_float(out, base + j2, lane(sums, 2) + (start if column == 0 else get_float(out, base + j2)))
-            put_float(out, base + j3, lane(sums, 3) + (start if column == 0 else get_float(out, base + j3)))
+            store(out, i, add(sums, splat(start, 4) if column == 0 else load(out, i, 4)))
             i += 4
         while i < last:
-            j = get_int(numbers, i)
-            total = dot(v, load(rows, j * length + column, lanes))
-            put_float(out, base + j, total + (start if column == 0 else get_float(out, base + j)))
+            total = dot(v, load(rows, get_int(numbers, i) * length + column, lanes))
+            put_float(out, i, total + (start if column == 0 else get_float(out, i)))
             i += 1
 
     return add_rows, find_active, add_marked_rows, dot_rows
@@ -174,45 +175,45 @@ def add_rows(lanes, factors, numbers, first, last, rows, length, column, out, at
 
 @inner
 def find_active(
-    lanes, factors, numbers, first, last, rows, length, column, start, z, at, words, bit, indices, values, end
-):
-    """`find_active` of so many lanes; a 128 would be twice a block's."""
+    lanes, factors, numbers, first, last, rows, length, column, start, row, words, bit, indices, values, end
+):  # fmt: skip
+    """`find_active` of so many lanes, at most 64."""
     if lanes == 64:
         return find_active_64(
-            factors, numbers, first, last, rows, length, column, start, z, at, words, bit, indices, values, end
-        )
+            factors, numbers, first, last, rows, length, column, start, row, words, bit, indices, values, end
+        )  # fmt: skip
     elif lanes == 32:
         return find_active_32(
-            factors, numbers, first, last, rows, length, column, start, z, at, words, bit, indices, values, end
-        )
+            factors, numbers, first, last, rows, length, column, start, row, words, bit, indices, values, end
+        )  # fmt: skip
     return find_active_16(
-        factors, numbers, first, last, rows, length, column, start, z, at, words, bit, indices, values, end
-    )
+        factors, numbers, first, last, rows, length, column, start, row, words, bit, indices, values, end
+    )  # fmt: skip
 
 
 @inner
-def add_marked_rows(lanes, word, factors, number, stride, rows, length, column, out, at):
+def add_marked_rows(lanes, word, factors, next_factor, rows, length, column, out, at):
     """`add_marked_rows` of so many lanes."""
     if lanes == 128:
-        return add_marked_rows_128(word, factors, number, stride, rows, length, column, out, at)
+        return add_marked_rows_128(word, factors, next_factor, rows, length, column, out, at)
     elif lanes == 64:
-        return add_marked_rows_64(word, factors, number, stride, rows, length, column, out, at)
+        return add_marked_rows_64(word, factors, next_factor, rows, length, column, out, at)
     elif lanes == 32:
-        return add_marked_rows_32(word, factors, number, stride, rows, length, column, out, at)
-    return add_marked_rows_16(word, factors, number, stride, rows, length, column, out, at)
+        return add_marked_rows_32(word, factors, next_factor, rows, length, column, out, at)
+    return add_marked_rows_16(word, factors, next_factor, rows, length, column, out, at)
 
 
 @inner
-def dot_rows(lanes, e, at, numbers, first, last, rows, length, column, out, base, start):
+def dot_rows(lanes, e, at, numbers, first, last, rows, length, column, out, start):
     """`dot_rows` of so many lanes."""
     if lanes == 128:
-        dot_rows_128(e, at, numbers, first, last, rows, length, column, out, base, start)
+        dot_rows_128(e, at, numbers, first, last, rows, length, column, out, start)
     elif lanes == 64:
-        dot_rows_64(e, at, numbers, first, last, rows, length, column, out, base, start)
+        dot_rows_64(e, at, numbers, first, last, rows, length, column, out, start)
     elif lanes == 32:
-        dot_rows_32(e, at, numbers, first, last, rows, length, column, out, base, start)
+        dot_rows_32(e, at, numbers, first, last, rows, length, column, out, start)
     else:
-        dot_rows_16(e, at, numbers, first, last, rows, length, column, out, base, start)
+        dot_rows_16(e, at, numbers, first, last, rows, length, column, out, start)
 
 
 @inner

@@ -4,7 +4,7 @@
     adamw   p = (1 - .01 lr) p - lr m' / (sqrt(v') + eps), with the moments corrected for their start at 0
     sgd     p -= lr g                           norms are those of a tensor; g is `unit` times GRADIENT
 
-LAMB and SGD leave a neuron alone, exactly, whose rows of W_in and W_out^T have neither a gradient in this step nor a
+LAMB leaves a neuron alone, exactly, whose rows of W_in and W_out^T have neither a gradient in this step nor a
 first moment: its u is 0. That is most of a layer that starts at a negative bias. Its v alone decays; what it has not
 seen it is multiplied by later, one step after another as it would have been, when the neuron moves again or the call
 ends. So the bits do not depend on where calls cut the steps.
@@ -39,7 +39,7 @@ from fastmono.engines.simd import (
 )
 from fastmono.optim import ADAMW_EPS, ADAMW_WEIGHT_DECAY, BETA1, BETA2, LAMB_EPS, LAMB_LARGEST_NORM
 
-SOURCES = "b569f2dbc19d495c"
+SOURCES = "10a1747be2343d67"
 """As in cpu_kernels.py, of simd.py, cpu_rows.py and fastmono/optim.py."""
 ONE = np.float32(1.0)
 FIRST_KEPT, FIRST_NEW = np.float32(BETA1), np.float32(1 - BETA1)
@@ -136,21 +136,19 @@ def update_tensor(p, first, last, unit, lr, corrections, step, factor):
 
 @inner
 def update_weights(p, first, length, unit, lr):
-    """`update_tensor` of the rows of a tensor that may change (CHANGED), for LAMB and SGD; notes which are MOVING."""
-    norm_p = splat(ZERO, REGISTER)
-    norm_u, finite, scale = norm_p, norm_p, -lr * unit
-    if p.optimizer == LAMB:
-        for j in range(p.k):
-            row = first + j * length
-            if get_float(p.CHANGED, j) != ZERO:
-                norm_p, norm_u, moves = moments(p, row, row + length, unit, norm_p, norm_u)
-                if moves:
-                    put_float(p.MOVING, j, ONE)
-            else:
-                for i in range(row, row + length, REGISTER):
-                    x = load(p.PARAMETERS, i, REGISTER)
-                    norm_p = add(norm_p, multiply(x, x))
-        scale = lamb_scale(norm_p, norm_u, lr)
+    """`update_tensor` of the rows of a tensor that may change (CHANGED), for LAMB; notes which are MOVING."""
+    norm_p, norm_u, finite = splat(ZERO, REGISTER), splat(ZERO, REGISTER), splat(ZERO, REGISTER)
+    for j in range(p.k):
+        row = first + j * length
+        if get_float(p.CHANGED, j) != ZERO:
+            norm_p, norm_u, moves = moments(p, row, row + length, unit, norm_p, norm_u)
+            if moves:
+                put_float(p.MOVING, j, ONE)
+        else:
+            for i in range(row, row + length, REGISTER):
+                x = load(p.PARAMETERS, i, REGISTER)
+                norm_p, finite = add(norm_p, multiply(x, x)), multiply_add(ZERO, x, finite)
+    scale = lamb_scale(norm_p, norm_u, lr)
     for j in range(p.k):
         if get_float(p.CHANGED, j) != ZERO:
             finite = add(finite, add_step(p, first + j * length, first + (j + 1) * length, scale, ONE))
@@ -167,7 +165,7 @@ def find_moving_rows(p):
                 some = either(some, load(p.FIRST, i, REGISTER))
             for i in range(p.at_out + j * p.O, p.at_out + (j + 1) * p.O, REGISTER):
                 some = either(some, load(p.FIRST, i, REGISTER))
-        put_float(p.MOVING, j, ONE if p.optimizer == ADAMW or any_nonzero(some) else ZERO)
+        put_float(p.MOVING, j, ONE if p.optimizer != LAMB or any_nonzero(some) else ZERO)
         put_int(p.BEHIND, j, 0)
 
 
@@ -185,7 +183,7 @@ def catch_up(p, first, last, steps):
 def catch_up_row(p, j):
     """The same for neuron j, and all the updates it has not seen."""
     behind = get_int(p.BEHIND, j)
-    if behind > 0 and p.optimizer == LAMB:
+    if behind > 0:
         catch_up(p, j * p.M, (j + 1) * p.M, behind)
         catch_up(p, p.at_out + j * p.O, p.at_out + (j + 1) * p.O, behind)
     put_int(p.BEHIND, j, 0)
@@ -210,7 +208,7 @@ def update_rows(p, unit, lr, corrections, step, factor):
             catch_up_row(p, j)
         else:
             put_int(p.BEHIND, j, get_int(p.BEHIND, j) + 1)
-    if p.optimizer == ADAMW:  # whose weights decay, every one
+    if p.optimizer != LAMB:
         return update(p, unit, lr, corrections, step, factor)
     fill(p.MOVING, 0, p.K)
     finite = update_weights(p, 0, p.M, unit, lr)

@@ -241,16 +241,6 @@ def four_dots(context, v, w0, w1, w2, w3):
     return Vector(4)(v, w0, w1, w2, w3), generate
 
 
-@intrinsic(prefer_literal=True)
-def lane(context, v, i):
-    """Lane i (a literal) of a vector."""
-
-    def generate(context, builder, signature, args):
-        return builder.extract_element(args[0], ir.Constant(INT32, i.literal_value))
-
-    return types.float32(v, i), generate
-
-
 def _positive(builder: Any, v: Any) -> Any:
     """Which of 16 numbers are above 0 or NaN."""
     return builder.fcmp_unordered(">", v, _constant(REGISTER, FLOAT, [0.0] * REGISTER))
