@@ -214,14 +214,20 @@ def test_streams_of_different_seeds_and_steps_draw_different_numbers():
     assert len(draws) == 60
 
 
-@pytest.mark.parametrize("streams,group,workers", [(1, 12, 2), (8, 12, 2), (64, 16, 16), (1, 1, 16), (3, 5, 2)])
-def test_shares_of_workers_cover_every_model_once_and_equally(streams, group, workers):
+@pytest.mark.parametrize(
+    "streams,group,workers",
+    [(1, 12, 2), (8, 12, 2), (64, 16, 16), (1, 1, 16), (3, 5, 2), (1, 3, 2), (4, 2, 3), (2, 3, 16)],
+)
+def test_shares_of_workers_cover_every_model_once_and_almost_equally(streams, group, workers):
     grid = pair(SMOKE, tuple(0.001 * (i + 1) for i in range(group)), (0.0,))
-    found = shares(State.initial(grid).on_streams(range(streams)), workers)
+    state = State.initial(grid).on_streams(range(streams))
+    found = shares(state, workers)
     assert sorted(model for models in found for model in models) == list(range(streams * group))
-    assert len({len(models) for models in found}) == 1 and len(found) <= workers
-    if (streams, group) != (3, 5) and streams * group > 1:
-        assert len(found) == workers or group % len(found) == 0
+    assert len(found) == min(workers, max(streams, group))
+    sizes = {len(models) for models in found}
+    assert len(sizes) == 1 if streams % workers == 0 or group % workers == 0 else max(sizes) - min(sizes) <= streams
+    for models in found:
+        state.select(models)  # equally many of each stream that it has
 
 
 def result_of(rows, rounds=3):

@@ -114,13 +114,13 @@ def shares(state: State, workers: int) -> list[list[int]]:
     """Models of each worker: whole streams where they divide evenly, else every so-manyth model of every stream.
 
     Neighbours in a stream are alike (learning rates of one bias), and what they cost differs by how sparse they are.
+    A worker may have a model of each stream, or a stream, more than another.
     """
     S, G = state.n_streams, state.group
-    usable = next(w for w in range(workers, 0, -1) if S % w == 0 or G % w == 0)
-    if S % usable == 0:
-        size = S // usable * G
-        return [list(range(i * size, (i + 1) * size)) for i in range(usable)]
-    return [[s * G + g for s in range(S) for g in range(i, G, usable)] for i in range(usable)]
+    if S % workers == 0 or (workers > G and S >= G):
+        return [[s * G + g for s in range(i, S, workers) for g in range(G)] for i in range(min(workers, S))]
+    used = min(workers, G)
+    return [[s * G + g for s in range(S) for g in range(i, G, used)] for i in range(used)]
 
 
 class Pool(Contestant):
