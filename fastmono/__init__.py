@@ -1,13 +1,14 @@
 """fastmono: train a whole grid of toy models at once, and see how monosemantic each one came out.
 
-`train` a `Grid` of `ModelSpec`s into a run directory, `load_run` it again; `metrics` measures, `plots` draws.
+`train` a `Grid` of `ModelSpec`s into a run directory, `load_run` it again; `metrics` measures, `plots` draws;
+`interpret` takes one trained model apart.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastmono import metrics
+from fastmono import interpret, metrics
 from fastmono.run import Run, ToyModel, load_run
 from fastmono.runner import plan_run, train
 from fastmono.spec import PRESETS, Grid, ModelSpec, preset
@@ -19,6 +20,7 @@ __all__ = [
     "ModelSpec",
     "Run",
     "ToyModel",
+    "interpret",
     "load_run",
     "metrics",
     "plan_run",
