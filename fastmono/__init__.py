@@ -1,7 +1,7 @@
 """fastmono: train a whole grid of toy models at once, and see how monosemantic each one came out.
 
 `train` a `Grid` of `ModelSpec`s into a run directory, `load_run` it again; `metrics` measures, `plots` draws;
-`interpret` takes one trained model apart.
+`interpret` takes one trained model apart, `interpret_plots` draws that.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ __all__ = [
     "Run",
     "ToyModel",
     "interpret",
+    "interpret_plots",
     "load_run",
     "metrics",
     "plan_run",
@@ -31,8 +32,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "plots":  # loads matplotlib, which a training script may do without
+    if name in ("plots", "interpret_plots"):  # load matplotlib, which a training script may do without
         import importlib
 
-        return importlib.import_module("fastmono.plots")
+        return importlib.import_module(f"fastmono.{name}")
     raise AttributeError(f"module 'fastmono' has no attribute {name!r}")

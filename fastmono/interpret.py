@@ -59,6 +59,10 @@ AMPLITUDES = tuple(i / 20 for i in range(1, 41))
 PRESENCE = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 PRESENCE_SAMPLES = 512
 LOW_AMPLITUDE = 0.1
+PAIR_NUMBERS = (
+    "cosine", "loss", "loss_best_single", "loss_beside", "loss_best_single_beside", "auc", "auc_single", "auc_linear",
+    "auc_linear_single",
+)  # fmt: skip
 MAP_NUMBERS = (
     "effective_rank", "identity_distance", "identity_rank", "identity_scale", "target_distance", "target_scale",
 )  # fmt: skip
@@ -180,17 +184,18 @@ class Findings:
         }
         settings = {"": "measured", "optimal_": "optimal", "beside_": "measured_beside",
                     "optimal_beside_": "optimal_beside"}  # fmt: skip
+        singles = [one for one in self.singles if one.measured.gain > 0]
+        found["singles_recovering"] = float(len(singles))
+        found["singles_correcting"] = float(len(self.singles) - len(singles))
         for prefix, setting in settings.items():
             for name in ("threshold", "gain", "loss"):
-                found[f"single_{prefix}{name}"] = _median(
-                    [getattr(getattr(one, setting), name) for one in self.singles]
-                )
+                found[f"single_{prefix}{name}"] = _median([getattr(getattr(one, setting), name) for one in singles])
         for name in ("nothing", "interference", "auc", "auc_linear"):
-            found[f"single_{name}"] = _median([getattr(one, name) for one in self.singles])
+            found[f"single_{name}"] = _median([getattr(one, name) for one in singles])
         for place, (kink, slope) in enumerate((("kink_low", "slope_between"), ("kink_high", "slope_beyond"))):
             found[f"pair_{kink}"] = _median([two.thresholds[place] for two in self.pairs])
             found[f"pair_{slope}"] = _median([two.slopes[place] for two in self.pairs])
-        for name in ("cosine", "loss", "loss_best_single", "auc", "auc_single", "auc_linear"):
+        for name in PAIR_NUMBERS:
             found[f"pair_{name}"] = _median([getattr(two, name) for two in self.pairs])
         values = {f"{kind}_{name}": getattr(getattr(linear, kind), name)
                   for kind in ("tangent", "fit") for name in MAP_NUMBERS}  # fmt: skip
@@ -203,17 +208,20 @@ class Findings:
         return found | low_slopes(self.parts)
 
 
-def findings(params: Parameters, spec: ModelSpec, held_out: HeldOut | None = None) -> Findings:
+def findings(
+    params: Parameters, spec: ModelSpec, threshold: float = THRESHOLD, held_out: HeldOut | None = None
+) -> Findings:
     """Interpret one model: everything but `responses` and `definition`, which are made where they are drawn.
 
     Args:
         params, spec: as `run.parameters(i)` and `run.specs[i]` give them.
+        threshold: of monosemanticity.
         held_out: keeps the evaluation samples for the next model.
 
     Raises:
         ValueError: as `Parts` does.
     """
-    parts, notes = Parts(params, spec, held_out=held_out), []
+    parts, notes = Parts(params, spec, threshold, held_out), []
     relu = spec.activation == "relu"
     if not relu:
         notes.append(f"{spec.activation} is smooth: no thresholds, no kinks; monosemantic neurons are counted in |S|")
@@ -254,15 +262,18 @@ def low_slopes(parts: Parts) -> dict[str, float | None]:
     }
 
 
-def summary(params: Parameters, spec: ModelSpec, held_out: HeldOut | None = None) -> dict[str, float | None]:
+def summary(
+    params: Parameters, spec: ModelSpec, threshold: float = THRESHOLD, held_out: HeldOut | None = None
+) -> dict[str, float | None]:
     """One model in numbers, for tables over many: claims 6 and 7 of the paper. None where a notion does not apply.
 
     Neurons   neurons_mono, neurons_poly, neurons_dead; probes_0, _1, _2, _more: probes with so many monosemantic ones
-    One       single_*: medians over the probes with one: threshold, gain, loss; optimal_*: at the best setting; both
-              also beside_*: for what the rest of the model leaves to do; nothing (loss without), interference, auc,
-              auc_linear (`SingleNeuron`)
-    Two       pair_*: medians over the probes with two: kink_low, kink_high, slope_between, slope_beyond, cosine, loss,
-              loss_best_single, auc, auc_single, auc_linear (`Pair`)
+    One       singles_recovering, singles_correcting: probes with one, of positive and of negative gain; single_*:
+              medians over the former: threshold, gain, loss; optimal_*: at the best setting; both also beside_*: for
+              what the rest of the model leaves to do; nothing (loss without), interference, auc, auc_linear
+              (`SingleNeuron`)
+    Two       pair_*: medians over the probes with two: kink_low, kink_high, slope_between, slope_beyond, and the
+              cosine, losses and AUCs of `Pair`
     Others    tangent_*, fit_*: effective_rank, identity_distance, _rank, _scale, target_distance, _scale (`LinearMap`);
               linear_share, linear_share_served, loss, loss_fit, loss_tangent, loss_constant, loss_removed,
               loss_linear_model (`LinearPart`); kinks_mono, kinks_poly, the same with _visible: means over probes
@@ -270,4 +281,4 @@ def summary(params: Parameters, spec: ModelSpec, held_out: HeldOut | None = None
 
     Arguments and errors: those of `findings`.
     """
-    return findings(params, spec, held_out).numbers()
+    return findings(params, spec, threshold, held_out).numbers()

@@ -28,10 +28,14 @@ that both are at once (p^2) is neglected. relu only: other nonlinearities have n
 
 **Two neurons.** Each has its interference, threshold (kink) and gain. Between the kinks the slope of their sum is the
 first one's gain, beyond both it is the sum: a steep rise between (is it real?) and a slope near 1 beyond (how strong?)
-is what the paper describes. The score that tells a feature that is present from one that is not is what the neurons
-write to its output, G relu(a + n - t) summed: all that the output gets to know; for one neuron alone its own term.
-Scores tie where the neurons are off (ties count half), which is the threshold's doing; so `auc_linear`, of a + n before
-the threshold, is given too: what a linear probe in that neuron's direction would reach.
+is what the paper describes. A neuron of negative gain recovers nothing by itself: it corrects what others give, often
+as the second of a pair whose first is active for some other feature, too.
+
+The score that tells a feature that is present from one that is not is what the neurons write to its output, the sum of
+G relu(a + n - t): all that the output gets to know; for one neuron alone its own term.
+Scores tie where the neurons are off (ties count half), which is the threshold's doing; so `auc_linear`, before the
+threshold, is given too: of a + n, what a linear probe in that neuron's direction would reach; for two of their a + n in
+Fisher's combination S^-1 (mean if present - mean if absent), S the mean of the two covariances.
 """
 
 from __future__ import annotations
@@ -95,7 +99,9 @@ class Pair:
         slopes: of their sum for the feature alone, between the kinks and beyond both (target: 1).
         cosine: of their input directions; 1 when both see the same interference.
         loss, loss_best_single: of the pair alone, and of the better of the two at its best setting.
-        auc, auc_single, auc_linear: of the pair's output, of the better of the two outputs, and of the better a + n.
+        loss_beside, loss_best_single_beside: the same for what the rest of the model leaves to do.
+        auc, auc_single: of the pair's output, and of the better of the two outputs (of -h where the gain is negative).
+        auc_linear, auc_linear_single: of Fisher's combination of the two a + n, and of the better a + n.
         roc, roc_single: false and true positive rates, each float64 [2, n], of the pair and of the better one.
         at_kinks: false and true positive rate of "a + n > t" of each, float64 [2 neurons, 2].
     """
@@ -107,16 +113,19 @@ class Pair:
     cosine: float
     loss: float
     loss_best_single: float
+    loss_beside: float
+    loss_best_single_beside: float
     auc: float
     auc_single: float
     auc_linear: float
+    auc_linear_single: float
     roc: Tensor
     roc_single: Tensor
     at_kinks: Tensor
 
 
 def best_setting(u: Tensor, v: Tensor, weights: Tensor) -> Setting:
-    """The t and G >= 0 that minimise sum w (G relu(u - t) - v)^2 / sum w, exactly (module docstring).
+    """The t and G that minimise sum w (G relu(u - t) - v)^2 / sum w, exactly (module docstring).
 
     A constant, which G relu(u - t) approaches as t falls and G t stays, is no setting.
 
@@ -133,7 +142,7 @@ def best_setting(u: Tensor, v: Tensor, weights: Tensor) -> Setting:
     candidates = torch.stack((torch.where(below.isfinite(), below, u), inside))
     recovered, power = A - candidates * B, C - 2 * candidates * D + candidates.square() * W
     # Beyond the last few samples both are sums of rounding errors.
-    useful = (recovered > 0) & (power > 1e-12 * C[0])
+    useful = power > 1e-12 * C[0]
     explained = torch.where(useful, recovered.square() / power, 0.0)
     best = int(explained.argmax())
     total = float((w * v * v).sum())
@@ -206,6 +215,14 @@ def _terms(parts: Parts, x: _Samples, neuron: int) -> tuple[Tensor, float, float
     return (x.z[:, neuron] - b) / g, -b / g, g * float(parts.readout[x.feature, neuron])
 
 
+def _left(parts: Parts, x: _Samples) -> Tensor:
+    """r_i . (tau - y) [2 S]: what the whole model leaves to do for the feature."""
+    tau = target(parts.spec.task, x.features, parts.params.get("P2"))
+    wanted = tau @ parts.params["P2"][:, x.feature] if parts.spec.task == "reprojector" else tau[:, x.feature]
+    left = wanted - x.z.relu() @ parts.readout[x.feature]
+    return left if parts.path is None else left - x.features @ parts.path[x.feature]
+
+
 @single_thread()
 @torch.no_grad()
 def single_neuron(parts: Parts, probe: int) -> SingleNeuron:
@@ -218,12 +235,6 @@ def single_neuron(parts: Parts, probe: int) -> SingleNeuron:
     x = _samples(parts, probe)
     u, t, gain = _terms(parts, x, neuron)
     own = gain * (u - t).relu()
-    read = parts.params["P2"][:, x.feature] if parts.spec.task == "reprojector" else None
-    wanted = target(parts.spec.task, x.features, parts.params.get("P2"))
-    wanted = wanted[:, x.feature] if read is None else wanted @ read
-    rest = x.z.relu() @ parts.readout[x.feature] - own
-    if parts.path is not None:
-        rest += x.features @ parts.path[x.feature]
     half = len(u) // 2
 
     def settings(v: Tensor) -> tuple[Setting, Setting]:
@@ -235,10 +246,28 @@ def single_neuron(parts: Parts, probe: int) -> SingleNeuron:
         float(u[:half].std()),
         float((x.weights * x.a.square()).sum() / x.weights.sum()),
         *settings(x.a),
-        *settings(wanted - rest),
+        *settings(_left(parts, x) + own),
         auc(own[half:], own[:half]),
         auc(u[half:], u[:half]),
     )
+
+
+@single_thread()
+@torch.no_grad()
+def loss_against_threshold(parts: Parts, probe: int, thresholds: Tensor) -> Tensor:
+    """The neuron alone (v = a): its loss [n] at each threshold [n], with the best gain for it.
+
+    Raises as `single_neuron` does.
+    """
+    (neuron,) = _checked(parts, probe, 1)
+    x = _samples(parts, probe)
+    u, _, _ = _terms(parts, x, neuron)
+    losses = []
+    for t in thresholds.tolist():
+        r = (u - t).relu()
+        recovered, power = (x.weights * x.a * r).sum(), (x.weights * r * r).sum()
+        losses.append(_loss(u, x.a, x.weights, t, float(recovered / power) if power > 0 else 0.0))
+    return torch.tensor(losses, dtype=torch.float64)
 
 
 @single_thread()
@@ -251,31 +280,37 @@ def pair(parts: Parts, probe: int) -> Pair:
     """
     neurons = _checked(parts, probe, 2)
     x = _samples(parts, probe)
-    terms = sorted((_terms(parts, x, j)[1], j) for j in neurons)
-    first, second = (_terms(parts, x, j) for _, j in terms)
-    outputs = [gain * (u - t).relu() for u, t, gain in (first, second)]
+    ordered = sorted(neurons, key=lambda j: _terms(parts, x, j)[1])
+    terms = [_terms(parts, x, j) for j in ordered]
+    outputs = [gain * (u - t).relu() for u, t, gain in terms]
     both, half = outputs[0] + outputs[1], len(x.a) // 2
-    # A neuron of negative gain scores a feature by -h: its own best use. Ties and order are those of h, reversed.
-    single = [auc((o * math.copysign(1, gain))[half:], (o * math.copysign(1, gain))[:half])
-              for o, (_, _, gain) in zip(outputs, (first, second), strict=True)]  # fmt: skip
-    better = outputs[0 if single[0] >= single[1] else 1]
-    better = better * better.sum().sign()
-    rows = parts.params["W_in"][[j for _, j in terms]]
+    left = _left(parts, x) + both
+    # A neuron of negative gain tells a feature by being active, all the same.
+    scores = [o * math.copysign(1, gain) for o, (_, _, gain) in zip(outputs, terms, strict=True)]
+    better = max(scores, key=lambda s: auc(s[half:], s[:half]))
+    u = torch.stack([u for u, _, _ in terms])  # [2, 2 S]
+    within = (u[:, :half].cov() + u[:, half:].cov()) / 2
+    # Where the two are parallel S is singular, and any combination of them is as good.
+    combined = torch.linalg.pinv(within, hermitian=True) @ (u[:, half:].mean(1) - u[:, :half].mean(1)) @ u
+    weight = x.weights / x.weights.sum()
+    rows = parts.params["W_in"][ordered]
+    at_kinks = [[float((u[part] > t).double().mean()) for part in (slice(half), slice(half, None))]
+                for u, t, _ in terms]  # fmt: skip
     return Pair(
         probe,
+        (ordered[0], ordered[1]),
         (terms[0][1], terms[1][1]),
-        (first[1], second[1]),
-        (first[2], first[2] + second[2]),
+        (terms[0][2], terms[0][2] + terms[1][2]),
         float(torch.nn.functional.cosine_similarity(rows[0], rows[1], dim=0)),
-        float((x.weights * (both - x.a).square()).sum() / x.weights.sum()),
-        min(best_setting(u, x.a, x.weights).loss for u, _, _ in (first, second)),
+        float((weight * (both - x.a).square()).sum()),
+        min(best_setting(u, x.a, x.weights).loss for u, _, _ in terms),
+        float((weight * (both - left).square()).sum()),
+        min(best_setting(u, left, x.weights).loss for u, _, _ in terms),
         auc(both[half:], both[:half]),
-        max(single),
-        max(auc(u[half:], u[:half]) for u, _, _ in (first, second)),
+        auc(better[half:], better[:half]),
+        auc(combined[half:], combined[:half]),
+        max(auc(u[half:], u[:half]) for u, _, _ in terms),
         roc(both[half:], both[:half]),
         roc(better[half:], better[:half]),
-        torch.tensor(
-            [[float((u[:half] > t).double().mean()), float((u[half:] > t).double().mean())]
-             for u, t, _ in (first, second)], dtype=torch.float64,
-        ),
-    )  # fmt: skip
+        torch.tensor(at_kinks, dtype=torch.float64),
+    )

@@ -101,7 +101,8 @@ class Parts:
         path: r_i . L_out L_in P [N, N], or None for a model without a linear path.
 
     Raises:
-        ValueError: a tensor is not finite (a model that diverged), or shapes do not fit the spec.
+        ValueError: a tensor is not finite (a model that diverged), shapes do not fit the spec, or no ratio can exceed
+            the threshold.
     """
 
     def __init__(
@@ -115,6 +116,8 @@ class Parts:
             if name not in params or params[name].shape != shape:
                 found = list(params[name].shape) if name in params else "missing"
                 raise ValueError(f"{name} is {found}: the model's spec asks for {list(shape)}")
+        if not 0 <= threshold < 1:
+            raise ValueError(f"threshold={threshold!r}: must be a number from 0 to 1, and below 1")
         for name, value in params.items():
             if not value.isfinite().all():
                 raise ValueError(f"{name} is not finite: there is nothing to interpret in a model that diverged so far")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
+from fastmono.files import write_bytes
 from fastmono.spec import FIELDS, ModelSpec
 from fastmono.store import FINAL_STEPS
 
@@ -106,6 +109,13 @@ def new_figure(width: float, height: float, rows: int, columns: int, **layout: A
     return figure, figure.subplots(rows, columns, squeeze=False, **layout)
 
 
+def save_png(figure: Figure, path: Path) -> Path:
+    """Write a figure, whole or not at all."""
+    figure.savefig(png := io.BytesIO(), format="png")
+    write_bytes(path, png.getvalue())
+    return path
+
+
 def wrapped(text: str, inches: float) -> str:
     # Constrained layout keeps room for a title's height, not for its width. A letter is about 0.085 inches wide.
     return "\n".join(fill(line, max(10, int(inches / 0.085)), break_long_words=False) for line in text.split("\n"))
@@ -116,7 +126,12 @@ def finished_figure(figure: Figure, run: Run, title: str = "", handles: Sequence
     states = [row["status"] for row in run.table]
     about = "models: " + ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     about += "; " + model_name(run.specs[0], (field for field in CAPTION if field not in run.grid.axes))
-    figure.suptitle(wrapped(title + about, figure.get_figwidth() - 0.3))
+    return titled_figure(figure, title + about, handles)
+
+
+def titled_figure(figure: Figure, title: str, handles: Sequence[Any] = ()) -> Figure:
+    """The title, broken into lines that fit, and the legend."""
+    figure.suptitle(wrapped(title, figure.get_figwidth() - 0.3))
     if handles:
         fit = max(1, int(figure.get_figwidth() / (0.075 * max(len(h.get_label()) for h in handles) + 0.6)))
         columns = -(-len(handles) // -(-len(handles) // fit))  # as few rows, and then as equal ones, as can be

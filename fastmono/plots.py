@@ -6,7 +6,6 @@ and counted apart. Lines and bars over seeds: the mean, and the range from the l
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.transforms import ScaledTranslation
 
 from fastmono.block import single_thread
-from fastmono.files import BadFile, write_bytes
+from fastmono.files import BadFile
 from fastmono.metrics import monosemantic_neurons, monosemanticity, single_feature_activations
 from fastmono.plot_style import (
     LABELS,
@@ -36,6 +35,7 @@ from fastmono.plot_style import (
     mean_low_high,
     model_name,
     new_figure,
+    save_png,
     set_x_axis,
     styled,
     value_text,
@@ -316,9 +316,7 @@ def save_all(run: Run, folder: str | Path) -> list[Path]:
     Path(folder).mkdir(parents=True, exist_ok=True)
 
     def save(name: str, figure: Figure) -> None:
-        figure.savefig(png := io.BytesIO(), format="png")
-        write_bytes(Path(folder) / f"{name}.png", png.getvalue())
-        saved.append(Path(folder) / f"{name}.png")
+        saved.append(save_png(figure, Path(folder) / f"{name}.png"))
 
     save("training_curves", training_curves(run))
     measure = _finished(run, "mono_per_feature")

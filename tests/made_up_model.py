@@ -32,10 +32,10 @@ def random_model(spec: ModelSpec, rank: int = 0) -> dict[str, Tensor]:
     W_in, b, W_out = 0.7 * normal(k, m), 0.2 * normal(k), 0.3 * normal(o, k)
     read = projection(spec.seed, Purpose.SECOND_PROJECTION, spec.n_features, m) if o == m else torch.eye(o)
     for j, (i, gain, threshold) in enumerate([(0, 1.5, 0.1), (1, 2.0, 0.2), (2, 1.2, 0.05), (2, 0.8, 0.2)]):
-        overlap = (P[:, i] @ P).abs()
-        overlap[i] = 0.0
-        W_in[j] = gain * P[:, i]
-        b[j] = -gain * (float(overlap.max()) + threshold * (1 - float(overlap.max())))
+        W_in[j] = gain * P[:, i] + 0.1 * normal(m)
+        overlap = (W_in[j] @ P).abs()
+        own, overlap[i] = float(overlap[i]), 0.0
+        b[j] = -float(overlap.max()) - threshold * (own - float(overlap.max()))
         W_out[:, j] += read[:, i]
     b[4] = -100.0
     params = {"W_in": W_in, "b": b, "W_out": W_out, "P": P}

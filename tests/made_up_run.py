@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from fastmono.metrics import NAMES, monosemanticity, single_feature_activations
@@ -92,3 +94,18 @@ def curves(ax):
 
 def xy(line):
     return np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)
+
+
+def assert_readable(figure):
+    """Not blank, nothing beyond the figure's edges, no two tick labels of an axis on top of each other."""
+    assert isinstance(figure, Figure)
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(float)
+    assert pixels.std() > 3
+    box = figure.get_tightbbox()
+    assert min(box.x0, box.y0) >= -0.01
+    assert box.x1 <= figure.get_figwidth() + 0.01
+    assert box.y1 <= figure.get_figheight() + 0.01
+    for ax in figure.axes:
+        boxes = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text()]
+        assert all(a.x1 <= b.x0 or a.y1 <= b.y0 for a, b in itertools.pairwise(boxes))

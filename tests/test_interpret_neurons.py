@@ -38,7 +38,7 @@ def test_one_neuron_without_interference_is_its_closed_form():
     assert found.auc_linear == 1.0
 
 
-@pytest.mark.parametrize("kind", ["plain", "far below", "few", "never useful", "always on"])
+@pytest.mark.parametrize("kind", ["plain", "far below", "few", "falls", "always on"])
 def test_best_setting_is_what_scipy_finds_from_many_starts(kind):
     rng = np.random.default_rng(5)
     n = 4 if kind == "few" else 400
@@ -46,26 +46,28 @@ def test_best_setting_is_what_scipy_finds_from_many_starts(kind):
     u, w = v + 0.3 * rng.standard_normal(n), 0.5 + rng.random(n)
     if kind == "far below":
         u = u - 7
-    if kind == "never useful":
-        v = -1 - u.clip(0)
+    if kind == "falls":
+        v = -(u - 0.3).clip(0)
     if kind == "always on":
         v = 2 * u + 20
     found = best_setting(*(torch.from_numpy(x) for x in (u, v, w)))
     assert found.loss == pytest.approx(loss(u, v, w, found.threshold, found.gain), rel=1e-10, abs=1e-12)
     starts = [(t, g) for t in np.quantile(u, np.linspace(0, 0.95, 12)) for g in (0.3, 1.0, 2.0)]
-    runs = [minimize(lambda s: loss(u, v, w, s[0], abs(s[1])), s, method="Nelder-Mead",
+    runs = [minimize(lambda s: loss(u, v, w, *s), s, method="Nelder-Mead",
                      options={"xatol": 1e-9, "fatol": 1e-13, "maxiter": 4000}) for s in starts]  # fmt: skip
     best = min(runs, key=lambda r: r.fun)
     assert found.loss <= best.fun + 1e-9 * (1 + best.fun)
     if kind in ("plain", "far below"):
-        assert (found.threshold, found.gain) == pytest.approx((best.x[0], abs(best.x[1])), abs=1e-3)
+        assert (found.threshold, found.gain) == pytest.approx(tuple(best.x), abs=1e-3)
         r, active = np.maximum(u - found.threshold, 0), u > found.threshold
         error = found.gain * r - v
         # Both conditions of the module's docstring
         assert (w * error * r).sum() == pytest.approx(0, abs=1e-8)
         assert (w * error)[active].sum() == pytest.approx(0, abs=1e-8)
-    if kind == "never useful":
-        assert found.gain == 0.0 and found.loss == pytest.approx((w * v * v).sum() / w.sum())
+    if kind == "falls":
+        assert (found.threshold, found.gain) == pytest.approx((0.3, -1))
+    nothing = best_setting(torch.from_numpy(u), torch.zeros(n, dtype=torch.float64), torch.from_numpy(w))
+    assert (nothing.gain, nothing.loss) == (0, 0)
 
 
 def everything(params, spec, probe):
@@ -146,12 +148,23 @@ def test_pair_under_interference_equals_scipy_ranks_of_its_output():
     spec = spec_of()
     params = random_model(spec)
     found = pair(Parts(params, spec), 2)
-    p, a, w, _, z = everything(params, spec, 2)
+    p, a, w, f, z = everything(params, spec, 2)
     terms = np.maximum(z[:, 2:4], 0) * p["W_out"][2, 2:4]
     ranks = [mannwhitneyu(s[4096:], s[:4096]).statistic / 4096**2 for s in (terms.sum(1), *terms.T)]
     assert found.auc == pytest.approx(ranks[0], abs=1e-12)
     assert found.auc_single == pytest.approx(max(ranks[1:]), abs=1e-12)
     assert found.loss == pytest.approx((w * (terms.sum(1) - a) ** 2).sum() / w.sum(), rel=1e-10)
+    left = f[:, 2] - np.maximum(z, 0) @ p["W_out"][2]
+    assert found.loss_beside == pytest.approx((w * left**2).sum() / w.sum(), rel=1e-10)
+    g = p["W_in"][2:4] @ p["P"][:, 2]
+    u = (z[:, 2:4] - p["b"][2:4]) / g
+    ours = [best_setting(*(torch.from_numpy(x) for x in (one, left + terms.sum(1), w))).loss for one in u.T]
+    assert found.loss_best_single_beside == pytest.approx(min(ours), rel=1e-9)
+    within = np.cov(u[:4096].T) + np.cov(u[4096:].T)
+    score = u @ np.linalg.solve(within, u[4096:].mean(0) - u[:4096].mean(0))
+    ranks = [mannwhitneyu(s[4096:], s[:4096]).statistic / 4096**2 for s in (score, *u.T)]
+    assert found.auc_linear == pytest.approx(ranks[0], abs=1e-6)  # float64, but for the order of near ties
+    assert found.auc_linear_single == pytest.approx(max(ranks[1:]), abs=1e-6)
     for curve, area in ((found.roc, found.auc), (found.roc_single, found.auc_single)):
         assert (curve.diff(dim=1) >= 0).all() and curve[:, 0].tolist() == [0, 0] and curve[:, -1].tolist() == [1, 1]
         assert float(torch.trapezoid(curve[1], curve[0])) == pytest.approx(area, abs=1e-12)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import subprocess
 import sys
@@ -11,8 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from made_up_run import BASE, curves, fake_run, texts, xy
-from matplotlib.figure import Figure
+from made_up_run import BASE, assert_readable, curves, fake_run, texts, xy
 
 from fastmono import plots
 from fastmono.files import BadFile
@@ -252,21 +250,6 @@ RUNS = {
     "all not a number": lambda: nothing_but_nan(fake_run(Grid(SMALL, lr=[1e-3, 1e-2], l1=[0.0, 0.1]))),
     "all dead": lambda: dead(fake_run(Grid(SMALL, lr=[1e-3, 1e-2], l1=[0.0, 0.1]))),
 }
-
-
-def assert_readable(figure):
-    """Not blank, nothing beyond the figure's edges, no two tick labels of an axis on top of each other."""
-    assert isinstance(figure, Figure)
-    figure.canvas.draw()
-    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(float)
-    assert pixels.std() > 3
-    box = figure.get_tightbbox()
-    assert min(box.x0, box.y0) >= -0.01
-    assert box.x1 <= figure.get_figwidth() + 0.01
-    assert box.y1 <= figure.get_figheight() + 0.01
-    for ax in figure.axes:
-        boxes = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text()]
-        assert all(a.x1 <= b.x0 or a.y1 <= b.y0 for a, b in itertools.pairwise(boxes))
 
 
 @pytest.mark.parametrize("name", RUNS)
