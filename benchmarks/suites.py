@@ -23,7 +23,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from fastmono.spec import PUBLISHED_LEARNING_RATES, Grid, ModelSpec, preset
+from fastmono.presets import PUBLISHED_LEARNING_RATES, preset
+from fastmono.spec import Grid, ModelSpec
 
 SUITES = ("tiny", "demo", "published", "scale", "width")
 ALL_STATES = (0.0, 0.25, 0.5, 1.0)

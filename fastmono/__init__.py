@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from fastmono import interpret, metrics
+from fastmono.presets import PRESETS, preset
 from fastmono.run import Run, ToyModel, load_run
 from fastmono.runner import plan_run, train
-from fastmono.spec import PRESETS, Grid, ModelSpec, preset
+from fastmono.spec import Grid, ModelSpec
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,4 +1,4 @@
-"""What to train: `ModelSpec` is one model, `Grid` is every model of a run, `preset` names the published grids."""
+"""What to train: `ModelSpec` is one model, `Grid` is every model of a run."""
 
 from __future__ import annotations
 
@@ -316,30 +316,3 @@ def describe(spec: ModelSpec, fields: Iterable[str] = ("task", "n_neurons", "lr"
     """A short line that names a model by some of its fields."""
     return ", ".join(f"{field} {getattr(spec, field):g}" if isinstance(getattr(spec, field), float)
                      else f"{field} {getattr(spec, field)}" for field in fields)  # fmt: skip
-
-
-PUBLISHED_LEARNING_RATES = (0.001, 0.003, 0.005, 0.007, 0.01, 0.03)
-
-
-def _zero_and_negative_bias(base: ModelSpec) -> Grid:
-    zero = Grid(base, lr=PUBLISHED_LEARNING_RATES)
-    negative = Grid(base.replace(init_bias=-1.0, bias_decay=0.03), lr=PUBLISHED_LEARNING_RATES)
-    return zero + negative
-
-
-PRESETS: dict[str, tuple[str, Callable[[], Grid]]] = {
-    "demo": (
-        "six published learning rates x {zero bias, bias -1 with decay .03}, at a size for a laptop",
-        lambda: _zero_and_negative_bias(
-            ModelSpec(n_features=128, d_embed=32, n_neurons=256, feature_prob=1 / 32, batch_size=512, steps=8192)
-        ),
-    ),
-    "published": ("the same twelve models at the paper's size", lambda: _zero_and_negative_bias(ModelSpec())),
-}
-
-
-def preset(name: str) -> Grid:
-    """A grid by name; `PRESETS` lists them. `ValueError` for an unknown name."""
-    if name not in PRESETS:
-        raise ValueError(f"preset={name!r}: must be one of {', '.join(PRESETS)}")
-    return PRESETS[name][1]()

@@ -31,6 +31,7 @@ if __name__ == "__main__":  # what is imported below takes seconds
 import fastmono as fm
 from fastmono.engines import has_gpu
 from fastmono.plan import Plan
+from fastmono.presets import PRESET_NAMES
 from fastmono.progress import duration
 from fastmono.spec import CHOICES, FIELDS, REAL_NUMBERS, WHOLE_NUMBERS
 
@@ -91,8 +92,7 @@ def make_parser() -> Parser:
             allowed = "one of " + ", ".join(CHOICES[field])
         flag = "--" + field.replace("_", "-")
         models.add_argument(flag, type=kind, nargs="+", metavar="VALUE", default=None, help=allowed)
-    presets = "; ".join(f"{name}: {about}" for name, (about, _) in fm.PRESETS.items())
-    models.add_argument("--preset", metavar="NAME", help=presets)
+    models.add_argument("--preset", metavar="NAME", help=PRESET_NAMES)
     run = parser.add_argument_group("the run")
     run.add_argument("--out", metavar="DIR", help="run directory (default: runs/ and the preset's name)")
     run.add_argument("--engine", default="auto", metavar="NAME", help="auto, cpu, reference or triton")

@@ -15,7 +15,8 @@ from made_up_run import BASE, assert_readable, curves, fake_run, texts, xy
 from fastmono import plots
 from fastmono.files import BadFile
 from fastmono.metrics import single_feature_activations
-from fastmono.spec import Grid, ModelSpec, preset
+from fastmono.presets import preset
+from fastmono.spec import Grid, ModelSpec
 
 # activation_table, sorted_biases
 

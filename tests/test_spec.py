@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 
@@ -363,27 +362,3 @@ def test_axes_lists_the_fields_that_differ() -> None:
         "init_bias": (0.0, -1.0),
         "bias_decay": (0.0, 0.03),
     }
-
-
-SIZES = {
-    "demo": {"n_features": 128, "d_embed": 32, "n_neurons": 256, "feature_prob": 1 / 32, "batch_size": 512},
-    "published": {"n_features": 512, "d_embed": 64, "n_neurons": 1024, "feature_prob": 1 / 64, "batch_size": 8192},
-}
-
-
-@pytest.mark.parametrize(("name", "steps"), [("demo", 8192), ("published", 131072)])
-def test_preset_is_exactly_the_recipe(name: str, steps: int) -> None:
-    recipe = {
-        "task": "decoder", "activation": "relu", "frequency": "uniform", "optimizer": "lamb", "schedule": "published",
-        "l1": 0.0, "seed": 0, "steps": steps, **SIZES[name],
-    }  # fmt: skip
-    expected = [
-        {**recipe, "lr": lr, "init_bias": bias, "bias_decay": decay}
-        for (bias, decay), lr in itertools.product(((0.0, 0.0), (-1.0, 0.03)), (0.001, 0.003, 0.005, 0.007, 0.01, 0.03))
-    ]
-    assert [spec.to_dict() for spec in fm.preset(name)] == expected
-
-
-def test_unknown_preset_is_a_value_error_that_lists_them() -> None:
-    with pytest.raises(ValueError, match=r"preset='nope'.*demo.*published"):
-        fm.preset("nope")

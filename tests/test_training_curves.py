@@ -10,7 +10,8 @@ import torch
 from made_up_run import BASE, curves, fake_run, texts, xy
 
 from fastmono import plots
-from fastmono.spec import Grid, preset
+from fastmono.presets import preset
+from fastmono.spec import Grid
 from fastmono.store import checkpoint_steps
 
 
