@@ -219,21 +219,25 @@ def _finished(run: Run, column: str) -> Array:
 
 
 @styled
-def monosemanticity_against(run: Run, field: str) -> Figure:
+def monosemanticity_against(run: Run, field: str, *more: str) -> Figure:
     """Monosemantic neurons over k, and over N, of the finished models against a field, a line for each of the others.
+
+    Args:
+        more: other results, to be drawn beside these two: final_loss, mean_bias, ...
 
     Raises `ValueError` for what is not a field of `ModelSpec`.
     """
     values, wide = values_of(run, field), field == "n_neurons"
     fields = [other for other in varying_fields(run, field) if other != field]
     fields.sort(key=lambda other: -len(values_of(run, other)))  # there are more colours than line styles
-    figure, axes = new_figure(9.5, 4.4, 1, 2)
+    columns = ("mono_per_neuron", "mono_per_feature", *more)
+    figure, axes = new_figure(1.7 + 3.9 * len(columns), 4.4, 1, len(columns))
     looks, handles = line_looks(run, figure, fields)
     numeric, several = is_numeric(values), False
     x = np.array(values if numeric else range(len(values)), float)
     base = 2 if wide else 10 if numeric and isinstance(color_norm(values), LogNorm) else None
     marks = values_of(run, "n_features") if wide else []
-    for ax, column in zip(axes[0], ("mono_per_neuron", "mono_per_feature"), strict=True):
+    for ax, column in zip(axes[0], columns, strict=True):
         found = _finished(run, column)
         lines_of = list(group_models(run, fields).values())
         for number, models in enumerate(lines_of):
@@ -254,8 +258,9 @@ def monosemanticity_against(run: Run, field: str) -> Figure:
         ends = [*x, *marks] if numeric else [-0.5, len(x) - 0.5]
         set_x_axis(ax, x.tolist(), [value_text(value) for value in values], ends, base)
         lines = [ax.axvline(n, color="0.4", linewidth=1, linestyle=(0, (5, 3)), zorder=0, label="k = N") for n in marks]
-        ax.set(xlabel=LABELS.get(field, field), ylabel=LABELS[column])
-        ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+        ax.set(xlabel=LABELS.get(field, field), ylabel=LABELS.get(column, column))
+        if column.startswith("mono"):
+            ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
     handles += lines[:1]
     if several:
         handles.append(Line2D([], [], color="0.3", marker="|", markersize=9, label="mean, lowest and highest seed"))

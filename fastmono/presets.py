@@ -90,7 +90,7 @@ SCALES = {
         bias_decays=(0.0, 0.3, 1.0),
         feature_probs=(1 / 8, 1 / 4),
         l1s=(0.0, 0.01),
-        widths=(8, 32, 64),
+        widths=(16, 32, 64),
         decides=False,
     ),
 }  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from fastmono.files import BadFile, TensorFile
 from fastmono.plan import content_hashes
-from fastmono.spec import ModelSpec
-from fastmono.store import COLUMNS, RunDirectory, parse_row, read_csv
+from fastmono.spec import Grid, ModelSpec, describe
+from fastmono.store import COLUMNS, RunDirectory, checkpoint_steps, logged_steps, parse_row, read_csv
 from fastmono.tasks import ACTIVATION
 from fastmono.trainer import Options
 
@@ -76,6 +77,27 @@ class Run:
     def __repr__(self) -> str:
         done = sum(row["status"] in ("done", "diverged") for row in self.table)
         return f"<Run {self.path}: {len(self)} models, {done} finished>"
+
+    def subset(self, models: Iterable[ModelSpec]) -> Run:
+        """The same run with some of its models only, in the order given, to draw or to analyse.
+
+        Raises `ValueError` for a model that the run does not have, one that comes twice, or none at all.
+        """
+        grid, place = Grid.of(models), {spec: i for i, spec in enumerate(self.specs)}
+        if missing := [spec for spec in grid if spec not in place]:
+            raise ValueError(f"{self.path} has no model with {describe(missing[0])}")
+        rows = [place[spec] for spec in grid]
+        part = copy.copy(self)
+        part.grid, part.specs, part._where = grid, grid.specs, None
+        part._hashes = tuple(self._hashes[i] for i in rows)
+        part.table = [self.table[i] for i in rows]
+        own = {spec.steps for spec in grid}
+        logged = torch.isin(self.logged_steps, torch.cat([logged_steps(steps) for steps in own]))
+        part.losses, part.logged_steps = self.losses[rows][:, logged], self.logged_steps[logged]
+        kept = torch.isin(self.checkpoint_steps, torch.tensor([c for steps in own for c in checkpoint_steps(steps)]))
+        part.checkpoint_steps = self.checkpoint_steps[kept]
+        part.metrics = {name: values[rows][:, kept] for name, values in self.metrics.items()}
+        return part
 
     def _index(self) -> dict[tuple[int, int], tuple[TensorFile, int]]:
         """Where each (model, step) lies; read once."""

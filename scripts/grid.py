@@ -16,11 +16,9 @@ import json
 import math
 import signal
 import sys
-import warnings
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +27,17 @@ if __name__ == "__main__":  # what is imported below takes seconds
     signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped before it began"))
 
 import fastmono as fm
+from fastmono.command_line import (
+    Parser,
+    gib,
+    operations,
+    plain_console,
+    reader,
+    real,
+    run_main,
+    warnings_shown,
+    workers_from,
+)
 from fastmono.engines import has_gpu
 from fastmono.plan import Plan
 from fastmono.presets import PRESET_NAMES
@@ -40,38 +49,6 @@ RESULTS = ("status", "final_loss", "eval_loss", "mono_per_feature", "mono_per_ne
 SHORT = {"mono_per_feature": "mono/N", "mono_per_neuron": "mono/k", "dead_neurons": "dead"}
 LEFT_OUT_FIRST = ("mono/k", "dead", "mean_bias", "eval_loss")
 """Columns that a terminal too narrow for all of them does without, in this order."""
-
-
-class UsageError(Exception):
-    """Something on the command line that cannot be meant."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, raised instead of exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (--help lists the flags)")
-
-
-def real(text: str) -> float:
-    """A number, also as a fraction: 0.03125, 1e-3, 1/32."""
-    try:
-        return float(Fraction(text)) if "/" in text else float(text)
-    except ArithmeticError as error:
-        raise ValueError(text) from error
-
-
-def reader(kind: Callable[[str], Any], allowed: str) -> Callable[[str], Any]:
-    """Reads one value of a flag; what cannot be read is an error that says what is allowed."""
-
-    def read(text: str) -> Any:
-        try:
-            return kind(text)
-        except ValueError:
-            shown = text if len(text) <= 80 else text[:77] + "..."
-            raise argparse.ArgumentTypeError(f"{shown!r}: must be {allowed}") from None
-
-    return read
 
 
 def make_parser() -> Parser:
@@ -116,19 +93,6 @@ def chosen_grid(arguments: argparse.Namespace) -> tuple[fm.Grid, str]:
         return grid, name
     grid = grid.override(**overrides)
     return grid, f"{name}-{hashlib.sha256(grid.to_json().encode()).hexdigest()[:8]}"
-
-
-def gib(count: float) -> str:
-    """Bytes as GiB or MiB."""
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
-
-
-def operations(count: float) -> str:
-    """Floating-point operations as PFLOP, TFLOP, GFLOP or MFLOP."""
-    for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count / 1e6:,.2f} MFLOP"
 
 
 def print_plan(console: Console, plan: Plan, out: str) -> None:
@@ -193,55 +157,25 @@ def print_table(console: Console, run: fm.Run) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line, and return its exit code."""
-    errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    try:
-        return run_command(sys.argv[1:] if argv is None else argv, errors)
-    except (UsageError, ValueError) as error:
-        errors.print(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        errors.print("stopped: the state is saved, and the same command continues from it")
-        return 1
-    except (OSError, MemoryError) as error:
-        errors.print(f"error: {error or 'out of memory'}")
-        return 1
+    return run_main(run_command, argv)
 
 
 def run_command(argv: list[str], errors: Console) -> int:
     """Parse, train, draw, report."""
     arguments = make_parser().parse_args(argv)
     grid, name = chosen_grid(arguments)
-    workers: int | str = arguments.workers
-    if workers != "auto":
-        try:
-            workers = int(workers)
-        except ValueError:
-            raise UsageError(f"workers={workers!r}: must be auto or a whole number from 1 to 4096") from None
     out = str(Path("runs") / name) if arguments.out is None else arguments.out
     settings: dict[str, Any] = {
         "out": out,
         "engine": arguments.engine,
         "precision": arguments.precision,
-        "workers": workers,
+        "workers": workers_from(arguments.workers),
         "resume": not arguments.no_resume,
         "checkpoints": arguments.checkpoints,
         "save_every": arguments.save_every,
     }
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    failures: list[str] = []
-    shown: set[str] = set()
-
-    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-        text = str(message)
-        if category is RuntimeWarning:
-            failures.append(text)
-        elif text not in shown:
-            shown.add(text)
-            console.print(f"warning: {text}")
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = show
+    console = plain_console()
+    with warnings_shown(console) as failures:
         print_plan(console, fm.plan_run(grid, **settings), out)
         if arguments.dry_run:
             return 0

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from fastmono.metrics import NAMES, monosemanticity, single_feature_activations
-from fastmono.spec import ModelSpec
+from fastmono.spec import Grid, ModelSpec
 from fastmono.store import checkpoint_steps, final_loss, logged_steps
 
 BASE = ModelSpec(n_features=24, d_embed=8, n_neurons=48, feature_prob=1 / 8, batch_size=64, steps=4096)
@@ -76,9 +76,18 @@ def fake_run(grid, diverged=(), pending=(), diverges_at=100):
             raise ValueError(f"model {i} has nothing on disk yet")
         return params[i]
 
+    def subset(models):
+        part = Grid.of(models)
+        rows = [grid.specs.index(spec) for spec in part]
+        return SimpleNamespace(
+            specs=part.specs, grid=part, table=[table[i] for i in rows], losses=losses[rows], logged_steps=logged,
+            checkpoint_steps=checkpoints, metrics={name: values[rows] for name, values in measures.items()},
+            parameters=lambda i, step=None: parameters(rows[i]),
+        )  # fmt: skip
+
     return SimpleNamespace(
         specs=grid.specs, grid=grid, table=table, losses=losses, logged_steps=logged, checkpoint_steps=checkpoints,
-        metrics=measures, parameters=parameters,
+        metrics=measures, parameters=parameters, subset=subset, engine="cpu", precision="fp32", about={},
     )  # fmt: skip
 
 

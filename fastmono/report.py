@@ -1,0 +1,159 @@
+"""The report of a run of the paper: the claims as a table, and every sweep with its figures and results.
+
+report.md   what this module writes, with the figures of figures/ in the order of the paper
+claims.csv  every number of every claim, a row for each seed
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastmono.claims import Claim, Number
+from fastmono.files import write_bytes
+from fastmono.paper_figures import Drawing
+from fastmono.plot_style import group_models, mean_low_high, value_text, values_of, varying_fields
+from fastmono.presets import SWEEPS, Sweep, sizes
+from fastmono.store import write_csv
+
+if TYPE_CHECKING:
+    from fastmono.run import Run
+
+COLUMNS = {
+    "mono_per_feature": "mono/N", "mono_per_neuron": "mono/k", "final_loss": "final loss", "mean_bias": "mean bias",
+    "dead_neurons": "dead neurons",
+}  # fmt: skip
+CLAIM_COLUMNS = ("claim", "number", "seed", "value", "passes_when", "threshold", "number_verdict", "claim_verdict")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def spread(values: Iterable[float]) -> str:
+    """The mean, and the lowest and highest where they differ; a dash where nothing is known."""
+    mean, low, high = mean_low_high(np.array(list(values), float)).tolist()
+    if math.isnan(mean):
+        return "-"
+    text = value_text(float(f"{mean:.3g}"))
+    return text if low == high else f"{text} [{', '.join(value_text(float(f'{end:.3g}')) for end in (low, high))}]"
+
+
+def results_table(run: Run, field: str) -> str:
+    """Results of the models that are done, a row for each combination of the swept fields: mean [lowest, highest]."""
+    fields = varying_fields(run, field)
+    rows: list[list[object]] = []
+    order = {name: {value: i for i, value in enumerate(values_of(run, name))} for name in fields}
+    groups = group_models(run, fields)
+    for key in sorted(groups, key=lambda key: [order[name][value] for name, value in zip(fields, key, strict=True)]):
+        models = [run.table[i] for i in groups[key]]
+        done = [row for row in models if row["status"] == "done"]
+        count = str(len(done)) if len(done) == len(models) else f"{len(done)} of {len(models)}"
+        rows.append([*map(value_text, key), count, *(spread(row[column] for row in done) for column in COLUMNS)])
+    return table([*fields, "models", *COLUMNS.values()], rows)
+
+
+def claims_table(claims: Iterable[Claim]) -> str:
+    """Every number of every claim with its spread over seeds, its threshold and its verdict."""
+    rows: list[list[object]] = []
+    for claim in claims:
+        for i, number in enumerate(claim.numbers or (None,)):
+            first = [claim.name, claim.text, f"**{claim.verdict}**"] if i == 0 else ["", "", ""]
+            measured = [""] * 4
+            if number is not None:
+                measured = [number.what, spread(number.by_seed.values()), _wanted(number), number.verdict]
+            rows.append([*first, *measured])
+    head = ["claim", "the paper says", "verdict", "measured, once a seed", "mean [lowest, highest]", "wanted", "number"]
+    return table(head, rows)
+
+
+def _wanted(number: Number) -> str:
+    return f"{'≥' if number.at_least else '≤'} {value_text(float(number.threshold))}"
+
+
+def write_claims(path: Path, claims: Iterable[Claim]) -> None:
+    """claims.csv: one row for each number and seed, values as Python writes them."""
+    rows: list[Mapping[str, Any]] = [
+        {
+            "claim": claim.name, "number": number.what, "seed": seed, "value": value,
+            "passes_when": "at least" if number.at_least else "at most", "threshold": number.threshold,
+            "number_verdict": number.verdict, "claim_verdict": claim.verdict,
+        }
+        for claim in claims
+        for number in claim.numbers
+        for seed, value in number.by_seed.items()
+    ]  # fmt: skip
+    write_csv(path, CLAIM_COLUMNS, rows)
+
+
+def _about(run: Run, scale: str) -> str:
+    of = sizes(scale)
+    base, versions = of.base, run.about.get("versions", {})
+    states = [row["status"] for row in run.table]
+    lines = [
+        f"Scale `{scale}`, where a sweep does not vary it: N {base.n_features}, m {base.d_embed}, k {base.n_neurons}, "
+        f"ε 1/{round(1 / base.feature_prob)}, B {base.batch_size}, {base.steps:,} steps, lr {base.lr:g}, seeds "
+        f"{', '.join(map(str, of.seeds))}. Negative bias is an initial bias of {of.starts('negative')[0].init_bias:g} "
+        f"with decay {of.starts('negative')[0].bias_decay:g}. `fastmono/presets.py` says how the scales differ.",
+        f"Models: {', '.join(f'{states.count(state)} {state}' for state in dict.fromkeys(states))}. "
+        + f"Engine {run.engine}, {run.precision}, on {run.about.get('device', 'an unknown device')}; "
+        + ", ".join(f"{name} {versions[name]}" for name in ("fastmono", "torch") if name in versions) + ".",
+    ]  # fmt: skip
+    if not of.decides:
+        lines.append("**This scale tries the code. Its models are too small to decide anything about the paper.**")
+    return "\n\n".join(lines)
+
+
+def write_report(
+    folder: Path, scale: str, run: Run, claims: Sequence[Claim], drawings: Mapping[str, Sequence[Drawing]]
+) -> Path:
+    """Write report.md and claims.csv into a folder, and return the path of the report.
+
+    Args:
+        drawings: the figures of each sweep by its name, drawn before or now, and under "" those of the claims. A sweep
+            without figures has no section.
+    """
+    decided = [claim.verdict for claim in claims]
+    parts = [
+        f"# Engineering monosemanticity in toy models, at scale {scale}",
+        f"Written by `python scripts/paper.py --scale {scale}`." if sizes(scale).decides
+        else "Written by `python scripts/paper.py --quick`.",
+        _about(run, scale),
+        "## The claims",
+        f"Of {len(decided)}: " + ", ".join(f"{decided.count(verdict)} {verdict}" for verdict in dict.fromkeys(decided))
+        + ". A number holds when it passes its threshold in every seed, does not hold when it does in none, and is not "
+        "decided when seeds disagree or fewer than two of them can be measured; a claim holds when all of its numbers "
+        "do, and does not hold when one does not. Losses are means over the last whole period of the schedule. "
+        "`fastmono/claims.py` has the definitions, `claims.csv` every seed.",
+        claims_table(claims),
+    ]  # fmt: skip
+    if notes := [f"- Claim {claim.name}: {note}." for claim in claims for note in claim.notes]:
+        parts += ["Left out of what was measured:", "\n".join(notes)]
+    parts += _figures(drawings.get("", ()))
+    for sweep in SWEEPS.values():
+        if drawings.get(sweep.name):
+            parts += [f"## {sweep.title}", *_figures(drawings[sweep.name]), *_results(sweep, scale, run)]
+    path = folder / "report.md"
+    write_bytes(path, ("\n\n".join(part.strip() for part in parts) + "\n").encode())
+    write_claims(folder / "claims.csv", claims)
+    return path
+
+
+def _figures(drawings: Iterable[Drawing]) -> list[str]:
+    return [f"![{drawing.caption}](figures/{drawing.name}.png)\n\n*{drawing.caption}*" for drawing in drawings]
+
+
+def _results(sweep: Sweep, scale: str, run: Run) -> list[str]:
+    grid = sweep.grid(scale)
+    if not set(grid) <= set(run.specs):
+        return []
+    return [
+        f"Preset `{sweep.name}-{scale}`; mean [lowest, highest] over seeds.",
+        results_table(run.subset(grid), sweep.field),
+    ]
