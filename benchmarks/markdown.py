@@ -6,10 +6,11 @@ One table a file on standard output: a row a contestant; of a suite with several
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from fastmono.files import BadFile, printable, read_json
 
 
 def cells(contestant: dict[str, Any], ratio: float | None, flops: float) -> list[str]:
@@ -59,10 +60,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
     for path in parser.parse_args(argv).results:
-        result = json.loads(path.read_text())
-        machine = result["cases"][0]["machine"]
-        print(f"\n`{result['command']}` on {result['device']}, commit {result['commit']}, {result['date']};")
-        print(f"products {machine['fp32']['median'] / 1e9:.0f} GFLOP/s\n\n{table(result)}")
+        try:
+            result = read_json(path)
+            machine = result["cases"][0]["machine"]
+            about = f"`{result['command']}` on {result['device']}, commit {result['commit']}, {result['date']};"
+            rate, text = machine["fp32"]["median"] / 1e9, table(result)
+        except BadFile as error:
+            parser.error(str(error))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            parser.error(f"{path} is not the result of a benchmark ({printable(repr(error), 200)})")
+        print(f"\n{printable(about)}\nproducts {rate:.0f} GFLOP/s\n")
+        print("\n".join(map(printable, text.splitlines())))
     return 0
 
 

@@ -20,10 +20,11 @@ import torch
 
 from fastmono.block import flat_size, parts, shape_class, single_thread
 from fastmono.engines import engine_class, mixes_widths
+from fastmono.layout import LOG_EVERY, SCHEMA
 from fastmono.metrics import EVALUATION_SAMPLES, NAMES
 from fastmono.philox import stream_key
 from fastmono.spec import Grid, ModelSpec
-from fastmono.store import KEPT_STATES, LOG_EVERY, SCHEMA, Saved, checkpoint_steps
+from fastmono.store import KEPT_STATES, Saved, checkpoint_steps
 from fastmono.trainer import BlockJob, Options, SavedModel, jobs_by_step, keeps_checkpoint, steps_left
 
 MEMORY_SHARE = 0.8

@@ -21,6 +21,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from fastmono.block import single_thread
 from fastmono.files import BadFile
+from fastmono.layout import LOG_EVERY
 from fastmono.metrics import monosemantic_neurons, monosemanticity, single_feature_activations
 from fastmono.plot_style import (
     LABELS,
@@ -43,7 +44,6 @@ from fastmono.plot_style import (
     varying_fields,
     wrapped,
 )
-from fastmono.store import LOG_EVERY
 
 if TYPE_CHECKING:
     from fastmono.run import Run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from fastmono.files import open_in_place
 from fastmono.trainer import Event
 
 LINE_SECONDS = 10.0
@@ -52,7 +54,7 @@ class Progress:
         self.more = more
         self.total_steps, self.total_flops = model_steps, flops
         self.console = console
-        self.log_file = log.open("a", encoding="utf-8")
+        self.log_file = open(open_in_place(log, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8")  # noqa: SIM115
         self.done_steps = self.done_flops = 0
         self.step: dict[str, int] = {}
         self.loss: dict[str, float | None] = {}

@@ -18,7 +18,7 @@ from fastmono.files import write_bytes
 from fastmono.paper_figures import Drawing
 from fastmono.plot_style import group_models, mean_low_high, value_text, values_of, varying_fields
 from fastmono.presets import SWEEPS, Sweep, sizes
-from fastmono.store import write_csv
+from fastmono.rows import write_csv
 
 if TYPE_CHECKING:
     from fastmono.run import Run

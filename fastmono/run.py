@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fastmono.files import BadFile, TensorFile
+from fastmono.layout import check_history
 from fastmono.plan import content_hashes
+from fastmono.rows import COLUMNS, parse_row, read_csv
 from fastmono.spec import Grid, ModelSpec, describe
-from fastmono.store import COLUMNS, RunDirectory, checkpoint_steps, logged_steps, parse_row, read_csv
+from fastmono.store import RunDirectory, checkpoint_steps, logged_steps
 from fastmono.tasks import ACTIVATION
 from fastmono.trainer import Options
 
@@ -44,6 +46,7 @@ class Run:
         self.engine, self.precision = about["engine"], about["precision"]
         self.about: Mapping[str, Any] = {k: v for k, v in about.items() if k not in ("grid", "models")}
         self._hashes = content_hashes(self.grid, Options(self.engine, self.precision))
+        self.directory.expected = dict(zip(self._hashes, self.specs, strict=True))
         self.table = self._read_table()
         self._read_history()
         self._where: dict[tuple[int, int], tuple[TensorFile, int]] | None = None
@@ -57,19 +60,14 @@ class Run:
 
     def _read_history(self) -> None:
         file = TensorFile(self.path / "history.safetensors")
+        names = check_history(file, self.specs)
         tensors = file.read_all()
-        try:
-            self.losses, self.logged_steps = tensors["losses"], tensors["logged_steps"]
-            self.checkpoint_steps, measures = tensors["checkpoint_steps"], tensors["measures"]
-            names = file.header["measures"]
-            fits = self.losses.shape == (len(self.specs), len(self.logged_steps)) and measures.shape == (
-                len(self.specs), len(self.checkpoint_steps), len(names),
-            )  # fmt: skip
-        except (KeyError, TypeError):
-            fits = False
-        if not fits:
-            raise BadFile(file.path, "is not the history of this grid")
-        self.metrics: dict[str, Tensor] = dict(zip(names, measures.unbind(2), strict=True))
+        self.losses, self.logged_steps = tensors["losses"], tensors["logged_steps"]
+        self.checkpoint_steps = tensors["checkpoint_steps"]
+        for steps in (self.logged_steps, self.checkpoint_steps):
+            if (steps < 1).any() or (steps.diff() < 1).any():
+                raise BadFile(file.path, "has steps that do not ascend from 1")
+        self.metrics: dict[str, Tensor] = dict(zip(names, tensors["measures"].unbind(2), strict=True))
 
     def __len__(self) -> int:
         return len(self.specs)

@@ -47,7 +47,8 @@ def plan_run(
     """What `train` would do with the same arguments; writes nothing. Raises as `train` does."""
     grid = as_grid(grid)
     directory, options, reason = _options(grid, out, engine, precision, workers, resume, checkpoints, save_every)
-    saved = directory.newest_states(content_hashes(grid, options), verify=False) if resume else {}
+    directory.expected = dict(zip(content_hashes(grid, options), grid, strict=True))
+    saved = directory.newest_states(directory.expected, verify=False) if resume else {}
     return make_plan(grid, options, reason, saved, workers, this_machine())
 
 
@@ -103,7 +104,8 @@ def train(
         directory, options, reason = _options(grid, *arguments)
         for folder in (directory.path, directory.checkpoints, directory.figures):
             remove_temporaries(folder)
-        saved = directory.newest_states(content_hashes(grid, options)) if resume else {}
+        directory.expected = dict(zip(content_hashes(grid, options), grid, strict=True))
+        saved = directory.newest_states(directory.expected) if resume else {}
         plan = make_plan(grid, options, reason, saved, workers, this_machine())
         if plan.disk > (free := free_space(directory.path)):
             raise ValueError(

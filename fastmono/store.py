@@ -16,12 +16,9 @@ from the states of other blocks.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
-import io
 import json
-import math
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,22 +30,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmono.block import Model, views
-from fastmono.files import BadFile, TensorFile, read_json, write_bytes, write_tensors
+from fastmono.block import PRECISIONS, Model, views
+from fastmono.engines import ENGINES
+from fastmono.files import (
+    LARGEST_TEXT,
+    BadFile,
+    TensorFile,
+    printable,
+    read_json,
+    write_bytes,
+    write_tensors,
+)
+from fastmono.layout import LOG_EVERY, SCHEMA, check_header, check_shapes
 from fastmono.metrics import NAMES
-from fastmono.spec import FIELDS, Grid, ModelSpec
+from fastmono.spec import Grid, ModelSpec
 
-SCHEMA = 1
-STATUSES = ("pending", "running", "done", "diverged", "failed", "stopped")
-RESULTS = (
-    "status", "final_loss", "eval_loss", "mono_neurons", "mono_per_feature", "mono_per_neuron", "dead_neurons",
-    "mean_bias", "density", "diverged_step",
-)  # fmt: skip
-WHOLE_RESULTS = ("mono_neurons", "dead_neurons", "diverged_step")
-TELEMETRY = (
-    "model", "hash", "device", "worker", "sessions", "seconds", "model_steps", "model_steps_per_second", "joules",
-)  # fmt: skip
-LOG_EVERY = 16
 FINAL_STEPS = 1024
 MOMENTS = ("first_moment", "second_moment")
 KEPT_STATES = 2
@@ -142,6 +138,11 @@ class RunDirectory:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.figures = self.path / "figures"
+        self.expected: dict[str, ModelSpec] = {}
+        """Models by content hash: a file that holds one of them must fit it. Filled in by who knows them."""
+        for folder in (self.checkpoints, self.figures):  # what lies elsewhere is neither read nor deleted
+            if folder.is_symlink():
+                raise BadFile(folder, "is a symbolic link, which is not followed: put the folder itself there")
         self._newest_read: tuple[str, list[int], dict[str, Tensor]] = ("", [], {})
         self._projections: dict[int, tuple[Tensor, Tensor | None]] = {}
 
@@ -154,10 +155,12 @@ class RunDirectory:
         if not isinstance(values, dict) or not isinstance(values.get("models"), list):
             raise BadFile(path, "is not a fastmono grid")
         if values.get("schema") != SCHEMA:
-            raise BadFile(path, f"has schema {values.get('schema')!r}; this fastmono reads {SCHEMA}")
-        for field in ("engine", "precision"):
-            if not isinstance(values.get(field), str):
-                raise BadFile(path, f"lacks {field!r}")
+            found = values.get("schema")
+            found = found if isinstance(found, int | str) else type(found).__name__
+            raise BadFile(path, f"has schema {found!r}; this fastmono reads {SCHEMA}")
+        for field, known in (("engine", ENGINES), ("precision", PRECISIONS)):
+            if values.get(field) not in [*known]:
+                raise BadFile(path, f"lacks {field!r}, or has one that this fastmono does not know")
         try:
             values["grid"] = Grid.of(ModelSpec.from_dict(spec) for spec in values["models"])
         except (ValueError, TypeError) as error:
@@ -169,6 +172,11 @@ class RunDirectory:
         head = {"schema": SCHEMA, "engine": engine, "precision": precision, **about}
         models = ",\n  ".join(json.dumps(spec.to_dict()) for spec in grid)
         text = json.dumps(head, indent=1)[:-2] + f',\n "models": [\n  {models}\n ]\n}}\n'
+        if len(text) > LARGEST_TEXT:
+            raise ValueError(
+                f"{len(grid):,} models: grid.json would have {len(text):,} bytes, and {LARGEST_TEXT:,} are read again; "
+                "split the grid over several directories"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         write_bytes(self.path / "grid.json", text.encode())
 
@@ -227,10 +235,9 @@ class RunDirectory:
             for path in self.checkpoints.glob(("state" if kind == "state" else "step") + "-*.safetensors"):
                 try:
                     file = TensorFile(path)
-                    header = file.header
-                    if header.get("schema") != SCHEMA or header.get("kind") != kind:
-                        raise BadFile(path, f"is not a {kind} of schema {SCHEMA}")
-                    found.append((file, list(header["models"])))
+                    models = check_header(file, kind)
+                    check_shapes(file, models, self.expected)
+                    found.append((file, models))
                 except BadFile as error:
                     if path.exists():
                         warnings.warn(f"{error}; it is not used", stacklevel=2)
@@ -251,7 +258,9 @@ class RunDirectory:
             except BadFile as error:
                 aside = file.path.with_name(file.path.name + ".damaged")
                 file.path.rename(aside)
-                warnings.warn(f"{error}; renamed to {aside.name}, an older state is used if there is one", stacklevel=2)
+                warnings.warn(
+                    f"{error}; renamed to {printable(aside.name)}, an older state is used if there is one", stacklevel=2
+                )
                 continue
             for row, name in enumerate(models):
                 if name in wanted:
@@ -274,9 +283,13 @@ class RunDirectory:
 
     def restore(self, spec: ModelSpec, saved: Saved) -> tuple[Model, Tensor, Tensor]:
         """A model as it was saved, with its losses [n_logged] and measures [n_checkpoints, n_measures]."""
-        path, row = self.checkpoints / saved.path, saved.row
+        path, row = self.checkpoints / Path(saved.path).name, saved.row
         if self._newest_read[0] != saved.path:
             file = TensorFile(path)
+            models = check_header(file, "state")
+            if row >= len(models):
+                raise BadFile(path, f"has no row {row}")
+            check_shapes(file, models, self.expected | {models[row]: spec})
             self._newest_read = saved.path, file.header["projection"], file.read_all()
             self._projections.clear()
         _, projection, stacked = self._newest_read
@@ -297,83 +310,9 @@ class RunDirectory:
         return model, tensors["losses"].clone(), tensors["measures"].clone()
 
 
-# models.csv and telemetry.csv
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    return repr(value) if isinstance(value, float) else str(value)
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
-    """A table; numbers as Python writes them, so that they come back bit by bit, and None as an empty cell."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([_cell(row.get(column)) for column in columns] for row in rows)
-    write_bytes(path, text.getvalue().encode())
-
-
-def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """A table's rows. `BadFile` when it is missing a column, or is not a table at all."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            rows, head = list(reader), reader.fieldnames or ()
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise BadFile(path, f"cannot be read ({error})") from None
-    missing = [column for column in columns if column not in head]
-    if missing or any(None in row or None in row.values() for row in rows):
-        raise BadFile(path, f"lacks {missing[0]!r}" if missing else "has a row that is not complete")
-    return rows
-
-
-def result_row(
-    spec: ModelSpec, status: str, losses: Tensor | None, measures: Tensor | None, diverged_step: int | None
-) -> dict[str, Any]:
-    """A model's row of models.csv from its losses [n_logged] and measures [n_checkpoints, n_measures], as far as known.
-
-    The measures are those of the newest checkpoint; for a diverged model, of the one it is frozen at.
-    """
-    row: dict[str, Any] = {**spec.to_dict(), "status": status, "final_loss": math.nan, "diverged_step": diverged_step}
-    if status == "done" and losses is not None:
-        row["final_loss"] = final_loss(losses, spec.steps)
-    known = [] if measures is None else [m for m in measures if not bool(m[0].isnan() & m[1].isnan())]
-    newest = dict(zip(NAMES, known[-1].tolist(), strict=True)) if known else {}
-    for name in RESULTS:
-        if name not in row:
-            value = newest.get(name, math.nan)
-            row[name] = int(value) if name in WHOLE_RESULTS and not math.isnan(value) else value
-    return row
-
-
-def parse_row(path: Path, spec: ModelSpec, cells: Mapping[str, str]) -> dict[str, Any]:
-    """Inverse of `result_row`'s results. `BadFile` for a cell that does not read."""
-    row: dict[str, Any] = spec.to_dict()
-    for name in RESULTS:
-        cell = cells[name]
-        try:
-            if name == "status":
-                if cell not in STATUSES:
-                    raise ValueError
-                row[name] = cell
-            elif name == "diverged_step":
-                row[name] = int(cell) if cell else None
-            else:
-                whole = name in WHOLE_RESULTS and cell != "nan"
-                row[name] = int(cell) if whole else float(cell)
-        except ValueError:
-            raise BadFile(path, f"has {name} {cell[:40]!r}, which is not one of its values") from None
-    return row
-
-
 def free_space(path: Path) -> int:
     """Bytes free where a path is, or would be made."""
     for folder in (path, *path.absolute().parents):
         if folder.exists():
             return shutil.disk_usage(folder).free
     return 0
-
-
-COLUMNS = (*FIELDS, *RESULTS)

@@ -12,20 +12,11 @@ import torch
 from torch import Tensor
 
 from fastmono.files import BadFile, TensorFile, write_tensors
+from fastmono.layout import SCHEMA, is_whole
 from fastmono.metrics import NAMES
-from fastmono.spec import Grid
-from fastmono.store import (
-    COLUMNS,
-    LISTINGS,
-    SCHEMA,
-    TELEMETRY,
-    RunDirectory,
-    checkpoint_steps,
-    logged_steps,
-    read_csv,
-    result_row,
-    write_csv,
-)
+from fastmono.rows import COLUMNS, TELEMETRY, read_csv, result_row, write_csv
+from fastmono.spec import LARGEST_STEPS, Grid
+from fastmono.store import LISTINGS, RunDirectory, checkpoint_steps, logged_steps
 
 
 def write_tables(
@@ -87,6 +78,16 @@ def _logged(directory: RunDirectory, paths: set[str]) -> tuple[dict[str, tuple[T
     return found, vanished
 
 
+def _counted(old: Mapping[str, str]) -> dict[str, Any]:
+    """What a row of telemetry.csv adds to. `ValueError` where one of its numbers is none."""
+    counts = {name: int(old[name]) for name in ("sessions", "model_steps")}
+    amounts = {"seconds": float(old["seconds"]), "joules": float(old["joules"]) if old["joules"] else None}
+    good = all(is_whole(count, 0, LARGEST_STEPS) for count in counts.values())
+    if not (good and all(amount is None or 0 <= amount < math.inf for amount in amounts.values())):
+        raise ValueError(f"no counts: {counts}, {amounts}")
+    return {**counts, **amounts, "device": old["device"], "worker": old["worker"]}
+
+
 class Telemetry:
     """What training took, summed over the sessions of a run; not a result, and not reproducible."""
 
@@ -103,10 +104,7 @@ class Telemetry:
             row: dict[str, Any] = dict.fromkeys(TELEMETRY)
             row |= {"sessions": 0, "seconds": 0.0, "model_steps": 0}
             with suppress(KeyError, ValueError):
-                old = earlier[name]
-                row |= {"device": old["device"], "worker": old["worker"], "sessions": int(old["sessions"])}
-                row |= {"seconds": float(old["seconds"]), "model_steps": int(old["model_steps"])}
-                row["joules"] = float(old["joules"]) if old["joules"] else None
+                row |= _counted(earlier[name])
             self.rows[name] = row | {"model": i, "hash": name}
 
     def started(self, models: Sequence[str], worker: int, device: str) -> None:

@@ -22,9 +22,10 @@ import torch
 from fastmono.block import Block, EngineError, Model, parts, share_projections
 from fastmono.engines import engine_class
 from fastmono.files import BadFile
+from fastmono.layout import LOG_EVERY
 from fastmono.metrics import NAMES, HeldOut, measure
 from fastmono.spec import ModelSpec
-from fastmono.store import LOG_EVERY, BlockHistory, RunDirectory, Saved, contract_tensors
+from fastmono.store import BlockHistory, RunDirectory, Saved, contract_tensors
 
 SECONDS_A_CALL = 1.0
 """What one call of the engine should take: progress and Ctrl-C wait for it, and a model trains through a call's steps

@@ -29,7 +29,7 @@ from fastmono.block import Block
 from fastmono.engines import engine_class, has_gpu
 from fastmono.engines.launch import Launch, choose_launch
 from fastmono.engines.reference import ReferenceEngine
-from fastmono.files import write_bytes
+from fastmono.files import read_json, write_bytes
 from fastmono.philox import stream_key
 from fastmono.spec import ModelSpec
 
@@ -131,7 +131,7 @@ def kernels(out: Path, save: Save) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     known = out / "rates.json"
-    machine = json.loads(known.read_text()) if known.exists() else {}
+    machine = read_json(known) if known.exists() else {}
     if "bf16_TFLOPs" not in machine:
         rates(out, machine.update)
     specs = [s.replace(steps=2**30) for s in fm.preset("published")]
@@ -226,7 +226,7 @@ def run_section(name: str, out: Path, seconds: float) -> dict[str, Any]:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        found: dict[str, Any] = read_json(path) if path.exists() else {}
         if cut:
             found["cut_off"] = f"after {seconds:.0f} s"
         elif process.returncode:
