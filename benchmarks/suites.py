@@ -37,14 +37,12 @@ SEQUENTIAL = ("published", "published-pool", "cleaned", "cleaned-pool")
 class Case:
     """One grid of a suite.
 
-    `grid` holds the models of one seed; `streams` says how many seeds, each with a copy of them. `x` is its place in
-    the figure: models, or neurons.
+    `grid` holds the models of one seed; `streams` says how many seeds, each with a copy of them.
     """
 
     name: str
     grid: tuple[ModelSpec, ...]
     streams: int = 1
-    x: int = 0
 
     @property
     def n_models(self) -> int:
@@ -63,7 +61,6 @@ class Suite:
         least: steps of the shortest turn.
         gate_streams, gate_models, gate_steps: see gate.py.
         left_out: contestants that are not asked unless named.
-        kind: of figure, bars or a line over `x`.
     """
 
     name: str
@@ -77,8 +74,6 @@ class Suite:
     gate_models: int = 2
     gate_steps: int = 64
     left_out: tuple[str, ...] = ()
-    kind: str = "bars"
-    x_label: str = ""
 
 
 def pair(base: ModelSpec, lrs: tuple[float, ...], biases: tuple[float, ...] = (0.0, -1.0)) -> tuple[ModelSpec, ...]:
@@ -117,23 +112,23 @@ def published(on_gpu: bool) -> Suite:
 
 def scale(on_gpu: bool) -> Suite:
     sixteen = pair(TINY, EIGHT_LEARNING_RATES)
-    cases = [Case("1 model", pair(TINY, (0.005,), (0.0,)), 1, 1), Case("4 models", pair(TINY, (0.003, 0.01)), 1, 4)]
-    cases += [Case(f"{16 * s} models", sixteen, s, 16 * s) for s in (1, 4, 16, 64, 256)]
+    cases = [Case("1 model", pair(TINY, (0.005,), (0.0,))), Case("4 models", pair(TINY, (0.003, 0.01)))]
+    cases += [Case(f"{16 * s} models", sixteen, s) for s in (1, 4, 16, 64, 256)]
     return Suite(
-        "scale", tuple(cases), fractions=(0.5,), rounds=3, steps=2048 if on_gpu else 256, kind="rate",
-        left_out=("reference-fp32", "reference-tf32", "reference-bf16"), x_label="models",
+        "scale", tuple(cases), fractions=(0.5,), rounds=3, steps=2048 if on_gpu else 256,
+        left_out=("reference-fp32", "reference-tf32", "reference-bf16"),
     )  # fmt: skip
 
 
 def width(on_gpu: bool) -> Suite:
     base = ModelSpec(n_features=128, d_embed=32, feature_prob=1 / 32, batch_size=512, steps=2048)
     cases = tuple(
-        Case(f"k = {k // 128} N", pair(base.replace(n_neurons=k), (0.003, 0.01, 0.03), (-1.0,)), 1, k)
+        Case(f"k = {k // 128} N", pair(base.replace(n_neurons=k), (0.003, 0.01, 0.03), (-1.0,)))
         for k in (128, 256, 512, 1024, 2048, 4096)
     )  # fmt: skip
     return Suite(
-        "width", cases, rounds=3, steps=512 if on_gpu else 128, kind="time", gate_streams=8,
-        left_out=(*SEQUENTIAL, "vmap", "reference-fp32", "reference-tf32", "reference-bf16"), x_label="neurons k",
+        "width", cases, rounds=3, steps=512 if on_gpu else 128, gate_streams=8,
+        left_out=(*SEQUENTIAL, "vmap", "reference-fp32", "reference-tf32", "reference-bf16"),
     )  # fmt: skip
 
 
@@ -149,11 +144,9 @@ def suite(name: str, on_gpu: bool, smoke: bool = False) -> Suite:
         return found
     # Two models on four streams, the gate's own stack: torch.compile then compiles one shape for all suites.
     grid = pair(SMOKE, (0.03,))
-    cases = [Case("8 models", grid, 4, case.x) for case in (found.cases[0], found.cases[-1])]
-    if found.kind == "bars" or found.name == "width":
-        cases = cases[:1]
+    cases = [Case("8 models", grid, 4)]
     if found.name == "scale":
-        cases = [Case("8 models", grid, 4, 8), Case("16 models", grid, 8, 16)]
+        cases.append(Case("16 models", grid, 8))
     return replace(
         found, cases=tuple(cases), rounds=1, steps=16, least=16, turn_seconds=0.01,
         fractions=(0.0, 0.5) if len(found.fractions) > 1 else found.fractions,

@@ -44,8 +44,7 @@ def write(out: Path, name: str, results: list[CaseResult], arguments: argparse.N
     about = describe(torch.device(arguments.device))
     result = report.as_json(chosen, results, about, command, arguments.smoke)
     report.write_json(out / "result.json", result)
-    caption = f"{about['device']['name']}, torch {about['versions']['torch']}, commit {(about['commit'] or '?')[:9]}"
-    figures.draw(out / "figure.png", chosen, results, f"{caption}; {command}{' (smoke)' if arguments.smoke else ''}")
+    figures.draw(out / "figure.png", result)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from benchmarks import compare, markdown, throughput
+from benchmarks import compare, figures, markdown, throughput
 from benchmarks.contestants import ENTRIES, make
 from benchmarks.contestants.base import Unavailable, factor_table, rate_table, stream_seed
 from benchmarks.contestants.bmm import Bmm
 from benchmarks.contestants.ours import Ours
 from benchmarks.contestants.pool import decode, encode, shares
 from benchmarks.gate import Gate, student_quantile
-from benchmarks.machine import slug
+from benchmarks.machine import ROOT, slug
 from benchmarks.measure import CaseResult, Row, most_telling, names_for, prepare_states, steps_of_turn
 from benchmarks.report import case_as_json, overall, rate_shares, ratios, rounded
 from benchmarks.state import State
@@ -277,12 +277,30 @@ def test_suites_have_the_models_that_they_state(name, on_gpu):
     assert all(
         len(set(case.grid)) == len(case.grid) and {spec.seed for spec in case.grid} == {0} for case in found.cases
     )
-    if name == "scale":
-        assert [case.x for case in found.cases] == counts[name]
     device = torch.device("cuda" if on_gpu else "cpu")
     assert {"bmm", "compiled", "jax"} <= set(names_for(found, device, []))
     smoke = suite(name, on_gpu, smoke=True)
     assert all(case.n_models <= 16 for case in smoke.cases) and smoke.rounds == 1
+
+
+def kept_results():
+    return sorted((ROOT / "benchmarks" / "results").glob("*/*/result.json"))
+
+
+@pytest.mark.parametrize("path", kept_results(), ids=lambda path: path.parent.name)
+def test_a_kept_result_is_drawn_again(path, tmp_path, capsys):
+    (tmp_path / "result.json").write_bytes(path.read_bytes())
+    assert figures.main([str(tmp_path / "result.json")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'figure.png'}\n"
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"suite": "demo", "cases": []}', "no JSON"])
+def test_a_file_that_is_no_result_is_refused_in_a_line(text, tmp_path, capsys):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(SystemExit):
+        figures.main([str(tmp_path / "result.json")])
+    assert "result.json" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
