@@ -24,7 +24,7 @@ fm.train(fm.Grid(spec, lr=[.001, .003, .01, .03]), sys.argv[1], workers=int(sys.
 """  # no __main__ guard, on purpose
 
 
-def wait_for(condition, seconds=30.0):
+def wait_for(condition, seconds=120.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
