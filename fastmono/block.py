@@ -3,6 +3,9 @@
 A model's W_in [k, m], b [k] and W_outT [k, o] (W_out transposed, so that a neuron is a row of all three) are views of
 one flat float32 buffer of its own, every row starting on a 64-byte boundary, as are its moments: whatever an engine
 computes from them cannot depend on which models stand beside it.
+
+A linear path of rank r is r further rows without nonlinearity and bias: L_in [r, m] stands behind W_in, and L_outT
+[r, o] behind W_outT, so that engines may take each pair for one matrix of k + r rows.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ class EngineError(RuntimeError):
 
 
 def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """The shape of each trained tensor, as engines hold it."""
-    k = spec.n_neurons
-    return {"W_in": (k, spec.d_embed), "b": (k,), "W_outT": (k, spec.d_output)}
+    """The shape of each trained tensor, as engines hold it, in the order in which they lie in memory."""
+    k, r, m, o = spec.n_neurons, spec.linear_path, spec.d_embed, spec.d_output
+    found = {"W_in": (k, m), "L_in": (r, m), "b": (k,), "W_outT": (k, o), "L_outT": (r, o)}
+    return found if r else {name: shape for name, shape in found.items() if not name.startswith("L_")}
 
 
 def padded(n: int) -> int:
@@ -48,7 +52,8 @@ def views(spec: ModelSpec, flat: Tensor) -> dict[str, Tensor]:
 
 def flat_size(spec: ModelSpec) -> int:
     """Numbers in a model's flat buffer: its parameters and the padding of their rows, which stays 0."""
-    return spec.n_neurons * (padded(spec.d_embed) + padded(spec.d_output)) + padded(spec.n_neurons)
+    rows = spec.n_neurons + spec.linear_path
+    return rows * (padded(spec.d_embed) + padded(spec.d_output)) + padded(spec.n_neurons)
 
 
 @contextmanager
@@ -75,16 +80,21 @@ def projection(seed: int, purpose: Purpose, n_features: int, d_embed: int) -> Te
 
 
 def initial_values(spec: ModelSpec) -> dict[str, Tensor]:
-    """W_in, b and W_outT before the first step: U(-1, 1) / sqrt(fan_in), and `init_bias` added to b (recipe fact 4)."""
+    """The tensors before the first step: U(-1, 1) / sqrt(fan_in), and `init_bias` added to b (recipe fact 4).
+
+    A tensor has a number of its own in the generator's counter: with a linear path the others keep their values.
+    """
 
     def draw(tensor: int, shape: tuple[int, ...], fan_in: int) -> Tensor:
         count = functools.reduce(int.__mul__, shape)
         u = uniforms(spec.seed, Purpose.INITIAL_WEIGHTS, tensor, count)
         return ((2 * u - 1) / fan_in**0.5).view(shape)
 
-    k, m, o = spec.n_neurons, spec.d_embed, spec.d_output
-    W_in, b, W_out = draw(0, (k, m), m), draw(1, (k,), m) + spec.init_bias, draw(2, (o, k), k)
-    return {"W_in": W_in.float(), "b": b.float(), "W_outT": W_out.T.float()}
+    k, r, m, o = spec.n_neurons, spec.linear_path, spec.d_embed, spec.d_output
+    found = {"W_in": draw(0, (k, m), m), "b": draw(1, (k,), m) + spec.init_bias, "W_outT": draw(2, (o, k), k).T}
+    if r:
+        found |= {"L_in": draw(3, (r, m), m), "L_outT": draw(4, (o, r), r).T}
+    return {name: value.float() for name, value in found.items()}
 
 
 class Model:
@@ -158,9 +168,9 @@ class Block:
 def shape_class(spec: ModelSpec, mixes_widths: bool = False) -> tuple[object, ...]:
     """Models of one block agree in this; seed, learning rate, biases, l1 and the distribution's skew may differ.
 
-    `mixes_widths`: for an engine whose blocks hold any numbers of neurons and of steps.
+    `mixes_widths`: for an engine whose blocks hold any numbers of neurons, ranks of the linear path, and steps.
     """
-    width, length = ((), ()) if mixes_widths else ((spec.n_neurons,), (spec.steps,))
+    width, length = ((), ()) if mixes_widths else ((spec.n_neurons, spec.linear_path), (spec.steps,))
     return (
         spec.task, spec.n_features, spec.d_embed, *width,
         spec.activation, spec.optimizer, spec.batch_size, *length,

@@ -116,8 +116,10 @@ def _within(size: int, allowed: int | range) -> bool:
 
 def tensor_shapes(spec: ModelSpec, n_models: int, prefix: str = "") -> dict[str, tuple[Any, ...]]:
     """Type and shape of each tensor in a checkpoint of models of this shape; a range where a length varies."""
-    A, k, m, o, N = n_models, spec.n_neurons, spec.d_embed, spec.d_output, spec.n_features
+    A, k, m, o, N, r = n_models, spec.n_neurons, spec.d_embed, spec.d_output, spec.n_features, spec.linear_path
     found: dict[str, tuple[Any, ...]] = {"W_in": ("F32", A, k, m), "b": ("F32", A, k), "W_out": ("F32", A, o, k)}
+    if r:
+        found |= {"L_in": ("F32", A, r, m), "L_out": ("F32", A, o, r)}
     found = {prefix + name: shape for name, shape in found.items()}
     projections = () if prefix else ("P", "P2") if spec.task == "reprojector" else ("P",)
     return found | {name: ("F32", range(1, A + 1), m, N) for name in projections}

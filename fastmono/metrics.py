@@ -128,13 +128,17 @@ class HeldOut:
         not zero) and dead_neurons (zero on every sample), in float32.
 
         Args:
-            params: W_in [k, m], b [k], W_out [o, k], P [m, N], and P2 [m, N] for the reprojector.
+            params: W_in [k, m], b [k], W_out [o, k], P [m, N], P2 [m, N] for the reprojector, and L_in [r, m],
+                L_out [o, r] of a linear path: the loss is that of the whole model, the others are of neurons.
         """
         loss, active = 0.0, torch.zeros(spec.n_neurons, dtype=torch.int64)
         with single_thread(), torch.no_grad():
             for f in self.tiles(spec):
-                h = ACTIVATION[spec.activation](f @ params["P"].T @ params["W_in"].T + params["b"])
+                x = f @ params["P"].T
+                h = ACTIVATION[spec.activation](x @ params["W_in"].T + params["b"])
                 e = h @ params["W_out"].T - target(spec.task, f, params.get("P2"))
+                if "L_in" in params:
+                    e += x @ params["L_in"].T @ params["L_out"].T
                 loss += float(e.square().sum())
                 active += (h != 0).sum(0)
         return {

@@ -141,10 +141,11 @@ def model_bytes(spec: ModelSpec) -> int:
 def block_bytes(specs: Iterable[ModelSpec], engine: str) -> int:
     """Memory that training a block takes, beyond the process itself."""
     specs = list(specs)
-    spec = max(specs, key=lambda s: s.n_neurons)
+    spec = max(specs, key=lambda s: s.n_neurons + s.linear_path)
     workspace = engine_class(engine).workspace_bytes(spec, len({stream_key(s) for s in specs}))
     held_out = 4 * min(EVALUATION_SAMPLES * spec.n_features, 2**24) + 2**22
-    drawing = 8 * max(5 * spec.n_features * spec.d_embed, 8 * spec.n_neurons * max(spec.d_embed, spec.d_output))
+    rows = max(spec.n_neurons, spec.linear_path)
+    drawing = 8 * max(5 * spec.n_features * spec.d_embed, 8 * rows * max(spec.d_embed, spec.d_output))
     # Stacked, and as the bytes of a file: one part after another.
     saving = max(2 * sum(model_bytes(specs[i]) for i in rows) for rows in parts(specs))
     return sum(map(model_bytes, specs)) + workspace + max(held_out, drawing, saving)
@@ -170,7 +171,7 @@ def model_seconds(spec: ModelSpec, engine: str, machine: Machine, sharing: int) 
 def checkpoint_seconds(spec: ModelSpec, machine: Machine, sharing: int) -> float:
     """Measuring one model at one checkpoint: in a grid of many tiny models most of the time goes there."""
     words = spec.n_features * (2 if spec.task == "abs" else 1) * HELD_OUT_WORD_SECONDS / sharing
-    forward = 2 * spec.n_neurons * (spec.d_embed + spec.d_output) / machine.flops
+    forward = 2 * (spec.n_neurons + spec.linear_path) * (spec.d_embed + spec.d_output) / machine.flops
     return EVALUATION_SAMPLES * (words + forward + spec.n_neurons * HELD_OUT_ACTIVATION_SECONDS)
 
 
@@ -217,7 +218,7 @@ def make_plan(
 
     def place(i: int) -> tuple[object, ...]:  # where a block mixes widths, those of one stand together
         spec = grid[i]
-        return repr(shape_class(spec, mixes)), spec.n_neurons, spec.steps, repr(stream_key(spec)), i
+        return repr(shape_class(spec, mixes)), spec.n_neurons, spec.linear_path, spec.steps, repr(stream_key(spec)), i
 
     order = sorted(range(len(grid)), key=place)
     members: list[list[int]] = [[] for _ in range(workers)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastmono.files import BadFile, TensorFile
 from fastmono.layout import check_history
 from fastmono.plan import content_hashes
-from fastmono.rows import COLUMNS, parse_row, read_csv
+from fastmono.rows import RESULTS, parse_row, read_csv
 from fastmono.spec import Grid, ModelSpec, describe
 from fastmono.store import RunDirectory, checkpoint_steps, logged_steps
 from fastmono.tasks import ACTIVATION
@@ -53,7 +53,7 @@ class Run:
 
     def _read_table(self) -> list[dict[str, Any]]:
         path = self.path / "models.csv"
-        rows = read_csv(path, COLUMNS)
+        rows = read_csv(path, RESULTS)  # an older one lacks fields, which grid.json has all the same
         if len(rows) != len(self.specs):
             raise BadFile(path, f"has {len(rows)} rows for {len(self.specs)} models")
         return [parse_row(path, spec, row) for spec, row in zip(self.specs, rows, strict=True)]
@@ -123,9 +123,9 @@ class Run:
     def parameters(self, i: int, step: int | None = None) -> dict[str, Tensor]:
         """Model i after so many steps (None: the newest on disk), as float32 tensors.
 
-        Returns W_in [k, m], b [k], W_out [o, k], P [m, N], and P2 [m, N] for the reprojector. A model that diverged is
-        frozen at the last power-of-two step before, and gives that for every later step. Raises `IndexError` for a
-        model and `ValueError` for a step that the run does not have.
+        Returns W_in [k, m], b [k], W_out [o, k], P [m, N], P2 [m, N] for the reprojector, and L_in [r, m], L_out [o, r]
+        of a linear path. A model that diverged is frozen at the last power-of-two step before, and gives that for every
+        later step. Raises `IndexError` for a model and `ValueError` for a step that the run does not have.
         """
         i = self._number(i)
         steps = self.kept_steps(i)
@@ -147,6 +147,8 @@ class Run:
         names = {"W_in": row, "b": row, "W_out": row, "P": share}
         if self.specs[i].task == "reprojector":
             names["P2"] = share
+        if self.specs[i].linear_path:
+            names |= {"L_in": row, "L_out": row}
         return {name: file.read(name, at) for name, at in names.items()}
 
     def module(self, i: int, step: int | None = None) -> ToyModel:
@@ -155,10 +157,11 @@ class Run:
 
 
 class ToyModel(nn.Module):
-    """A trained model: `decode(phi(encode(x)))` for embeddings x [..., m], giving [..., o].
+    """A trained model: `decode(phi(encode(x)))` for embeddings x [..., m], giving [..., o]; plus `linear(x)`, which is
+    L_out (L_in x), where the model has a linear path, and None where it has none.
 
     Args:
-        params: W_in [k, m], b [k], W_out [o, k], P [m, N].
+        params: W_in [k, m], b [k], W_out [o, k], P [m, N], and L_in [r, m], L_out [o, r] of a linear path.
         activation: relu | gelu | solu.
     """
 
@@ -175,6 +178,15 @@ class ToyModel(nn.Module):
             self.encode.weight.copy_(W_in)
             self.encode.bias.copy_(params["b"])
             self.decode.weight.copy_(W_out)
+        self.linear: nn.Sequential | None = None
+        if "L_in" in params:
+            first, second = (
+                nn.Linear(L.shape[1], L.shape[0], bias=False) for L in (params["L_in"], params["L_out"])
+            )  # fmt: skip
+            with torch.no_grad():
+                first.weight.copy_(params["L_in"])
+                second.weight.copy_(params["L_out"])
+            self.linear = nn.Sequential(first, second)
 
     def embed(self, f: Tensor) -> Tensor:
         """The embedding P f, [..., m], of features f [..., N]."""
@@ -183,7 +195,7 @@ class ToyModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Outputs [..., o] for embeddings x [..., m]."""
         output: Tensor = self.decode(ACTIVATION[self.activation](self.encode(x)))
-        return output
+        return output if self.linear is None else output + self.linear(x)
 
 
 def load_run(path: str | Path) -> Run:

@@ -22,6 +22,7 @@ ACTIVATIONS = ("relu", "gelu", "solu")
 FREQUENCIES = ("uniform", "power_law")
 OPTIMIZERS = ("lamb", "adamw", "sgd")
 SCHEDULES = ("published", "cosine", "constant")
+BIAS_DECAY_MODES = ("global", "per_neuron", "rate")
 
 LARGEST_DIMENSION = 2**31 - 1  # a counter word of the generator has 32 bits
 LARGEST_STEPS = 2**63 - 1  # two counter words, held in an int64
@@ -81,6 +82,9 @@ class ModelSpec:
     """m, dimension the features are projected to: the model's input; at most N."""
     n_neurons: int = 1024
     """k, neurons in the hidden layer."""
+    linear_path: int = 0
+    """r, rank of a direct linear map from input to output beside the neurons, y = W_out h + L_out (L_in x); at most
+    d_embed, above which it makes no other maps. 0: none, as published."""
     activation: str = "relu"
     """relu | gelu (exact) | solu (z exp z, as published, without a normalisation)."""
     feature_prob: float = 1 / 64
@@ -97,6 +101,9 @@ class ModelSpec:
     """Offset added to the initial bias of every neuron."""
     bias_decay: float = 0.0
     """In the first half of training each update is followed by b *= 1 - bias_decay * lr; at least 0."""
+    bias_decay_mode: str = "global"
+    """global (as published) | per_neuron (bias_decay counts for a neuron as far as its outputs are spread over many
+    features) | rate (the relative change of W_in and W_out takes the place of lr). The rules: fastmono/optim.py."""
     l1: float = 0.0
     """Strength of the penalty on the sum of |h|; at least 0."""
     batch_size: int = 8192
@@ -121,6 +128,14 @@ class ModelSpec:
             put(field, _real_number(field, getattr(self, field), allowed, accept))
         if self.d_embed > self.n_features:
             raise _fail("d_embed", self.d_embed, f"must be at most n_features, which is {self.n_features}")
+        if self.linear_path > self.d_embed:
+            raise _fail("linear_path", self.linear_path, f"must be at most d_embed, which is {self.d_embed}")
+        if self.bias_decay_mode == "per_neuron" and self.task == "reprojector":
+            raise _fail(
+                "bias_decay_mode",
+                self.bias_decay_mode,
+                "the outputs of task='reprojector' are not features; must be global or rate",
+            )
         self._check_frequencies()
 
     def _check_frequencies(self) -> None:
@@ -142,13 +157,17 @@ class ModelSpec:
 
     @property
     def n_parameters(self) -> int:
-        """Trained numbers: W_in, b and W_out."""
-        return self.n_neurons * (self.d_embed + 1 + self.d_output)
+        """Trained numbers: W_in, b and W_out, L_in and L_out."""
+        return self.n_neurons * (self.d_embed + 1 + self.d_output) + self.linear_path * (self.d_embed + self.d_output)
 
     @property
     def flops_per_step(self) -> int:
-        """Useful (dense) floating-point operations of one training step: 6 B (m k + k o) - 2 B m k."""
-        hidden, output = self.d_embed * self.n_neurons, self.n_neurons * self.d_output
+        """Useful (dense) floating-point operations of one training step: 6 B (m k + k o) - 2 B m k.
+
+        A linear path of rank r takes as many as r neurons.
+        """
+        rows = self.n_neurons + self.linear_path
+        hidden, output = self.d_embed * rows, rows * self.d_output
         return 6 * self.batch_size * (hidden + output) - 2 * self.batch_size * hidden
 
     def replace(self, **changes: Any) -> ModelSpec:
@@ -169,9 +188,16 @@ class ModelSpec:
             raise ValueError(f"unknown field {unknown[0]!r}: must be one of {', '.join(FIELDS)}")
         return cls(**values)
 
+    def identity(self) -> dict[str, Any]:
+        """What names this spec: `to_dict` without the fields that came later (`LATER_FIELDS`) at their defaults.
+
+        So a model has the name that it had before there were such fields, and its results stay valid.
+        """
+        return {name: value for name, value in self.to_dict().items() if LATER_FIELDS.get(name, ...) != value}
+
     def content_hash(self, *context: object) -> str:
         """32 hexadecimal digits that name this spec together with `context` (engine, precision, schema)."""
-        text = json.dumps([self.to_dict(), *map(str, context)], sort_keys=True, separators=(",", ":"))
+        text = json.dumps([self.identity(), *map(str, context)], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -181,11 +207,13 @@ CHOICES = {
     "frequency": FREQUENCIES,
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
+    "bias_decay_mode": BIAS_DECAY_MODES,
 }
 WHOLE_NUMBERS = {
     "n_features": (1, LARGEST_DIMENSION),
     "d_embed": (1, LARGEST_DIMENSION),
     "n_neurons": (1, LARGEST_DIMENSION),
+    "linear_path": (0, LARGEST_DIMENSION),
     "batch_size": (1, LARGEST_DIMENSION),
     "steps": (1, LARGEST_STEPS),
     "seed": (0, 2**32 - 1),
@@ -198,6 +226,8 @@ REAL_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "l1": ("must be a finite float32, at least 0", lambda x: x >= 0.0),
 }
 FIELDS = tuple(field.name for field in dataclasses.fields(ModelSpec))
+LATER_FIELDS: dict[str, object] = {"linear_path": 0, "bias_decay_mode": "global"}
+"""Fields that a model had not when schema 1 was written first, and their defaults, which may not change."""
 
 
 class Grid:

@@ -71,16 +71,23 @@ def final_loss(losses: Tensor, steps: int) -> float:
 
 
 def contract_tensors(spec: ModelSpec, flat: Tensor) -> dict[str, Tensor]:
-    """W_in [k, m], b [k] and W_out [o, k] from an engine's flat buffer."""
-    tensors = views(spec, flat)
-    return {"W_in": tensors["W_in"], "b": tensors["b"], "W_out": tensors["W_outT"].T}
+    """W_in [k, m], b [k], W_out [o, k], with a linear path L_in [r, m], L_out [o, r], from an engine's flat buffer."""
+    return {_contract_name(name): _turned(name, tensor) for name, tensor in views(spec, flat).items()}
+
+
+def _contract_name(name: str) -> str:
+    return name.removesuffix("T")
+
+
+def _turned(name: str, tensor: Tensor) -> Tensor:
+    """From an engine's W_outT and L_outT to W_out and L_out, and back."""
+    return tensor.T if name.endswith("T") else tensor
 
 
 def load_flat(spec: ModelSpec, flat: Tensor, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
     """Inverse of `contract_tensors`, into `flat`; shapes are checked (`ValueError`)."""
     for name, view in views(spec, flat).items():
-        value = tensors[prefix + ("W_out" if name == "W_outT" else name)]
-        value = value.T if name == "W_outT" else value
+        value = _turned(name, tensors[prefix + _contract_name(name)])
         if value.shape != view.shape or value.dtype != view.dtype:
             raise ValueError(f"{prefix}{name} is {list(value.shape)} {value.dtype}, not {list(view.shape)} float32")
         view.copy_(value)

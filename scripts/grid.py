@@ -92,7 +92,8 @@ def chosen_grid(arguments: argparse.Namespace) -> tuple[fm.Grid, str]:
     if not overrides:
         return grid, name
     grid = grid.override(**overrides)
-    return grid, f"{name}-{hashlib.sha256(grid.to_json().encode()).hexdigest()[:8]}"
+    models = json.dumps([spec.identity() for spec in grid])
+    return grid, f"{name}-{hashlib.sha256(models.encode()).hexdigest()[:8]}"
 
 
 def print_plan(console: Console, plan: Plan, out: str) -> None:

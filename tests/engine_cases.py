@@ -20,6 +20,7 @@ ENGINES = pytest.mark.parametrize("engine", [ReferenceEngine, CpuEngine])
 Engine = type[ReferenceEngine] | type[CpuEngine]
 
 SMALL = {"n_features": 13, "d_embed": 5, "n_neurons": 19, "batch_size": 77, "feature_prob": 0.3}
+LINEAR = {**SMALL, "linear_path": 3}
 TILED = {"n_features": 24, "d_embed": 9, "n_neurons": 530, "batch_size": 600, "feature_prob": 0.1}
 RATES = {"lamb": 0.01, "adamw": 0.01, "sgd": 0.02}
 
@@ -31,12 +32,15 @@ def spec_of(**fields: object) -> ModelSpec:
 def mixed_specs(base: ModelSpec) -> list[ModelSpec]:
     """Models of one shape that differ in all else; the first and the last two share a seed."""
     lr = RATES[base.optimizer]
+    mode = "rate" if base.task == "reprojector" else "per_neuron"
     return [
         base.replace(lr=lr, seed=1),
         base.replace(lr=lr / 3, seed=2, init_bias=-0.2, bias_decay=2.0, l1=0.05),
-        base.replace(lr=lr / 2, seed=1, schedule="constant", frequency="power_law", init_bias=0.1),
-        base.replace(lr=lr / 2, seed=1, schedule="cosine", l1=0.2, init_bias=-0.1),
-    ]
+        base.replace(lr=lr / 2, seed=1, schedule="constant", frequency="power_law", init_bias=0.1,
+                     bias_decay=2.0, bias_decay_mode=mode),
+        base.replace(lr=lr / 2, seed=1, schedule="cosine", l1=0.2, init_bias=-0.1, bias_decay=1.5,
+                     bias_decay_mode="rate"),
+    ]  # fmt: skip
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

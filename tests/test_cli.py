@@ -15,7 +15,7 @@ from rich.console import Console
 
 import fastmono as fm
 from fastmono.engines.cpu import CpuEngine
-from fastmono.spec import ACTIVATIONS, FREQUENCIES, OPTIMIZERS, SCHEDULES, TASKS
+from fastmono.spec import ACTIVATIONS, BIAS_DECAY_MODES, FREQUENCIES, OPTIMIZERS, SCHEDULES, TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 specification = importlib.util.spec_from_file_location("grid_script", ROOT / "scripts" / "grid.py")
@@ -70,6 +70,11 @@ def test_a_preset_is_planned_by_name(capsys):
     assert f"{12 * 2**17:,} model-steps" in capsys.readouterr().out
 
 
+def test_directories_of_commands_from_before_there_were_all_fields_keep_their_names():
+    arguments = grid_script.make_parser().parse_args(["--preset", "demo", "--lr", "1e-3", "--seed", "0", "1"])
+    assert grid_script.chosen_grid(arguments)[1] == "demo-f8b4f792"
+
+
 def test_the_same_command_continues_and_trains_nothing_twice(capsys):
     command = [*TINY, "--out", "run", "--no-plots"]
     assert main(command) == 0
@@ -101,6 +106,8 @@ def test_a_diverged_model_is_a_result(capsys):
         (["--lr", "1e-3", "1e-3"], "twice"), (["--rate", "1"], "--rate"), (["--preset", "none"], "preset='none'"),
         (["--n-neurons", "8.5"], "--n-neurons: '8.5': must be a whole number from 1 to"),
         (["--d-embed", "999"], "d_embed=999"), (["--task", "x"], "task='x'"),
+        (["--linear-path", "33"], "linear_path=33: must be at most d_embed"),
+        (["--bias-decay-mode", "local"], "bias_decay_mode='local': must be one of global, per_neuron, rate"),
         (["--seed", "-1"], "seed=-1"), (["--workers", "many"], "workers='many'"), (["--workers", "0"], "workers=0"),
         (["--engine", "quantum"], "engine='quantum'"), (["--precision", "fp8"], "precision='fp8'"),
         (["--out", ""], "out=''"), (["--out", "/dev/null"], "out='/dev/null': is a file"),
@@ -199,6 +206,8 @@ FLAGS = {
     "--schedule": st.sampled_from(SCHEDULES),
     "--init-bias": numbers,
     "--bias-decay": numbers,
+    "--bias-decay-mode": st.sampled_from(BIAS_DECAY_MODES),
+    "--linear-path": numbers,
     "--l1": numbers,
     "--batch-size": st.one_of(small, numbers),
     "--steps": st.one_of(small, numbers),
@@ -238,6 +247,7 @@ suppress = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 @example(flags=[["--lr", "1e38"], ["--optimizer", "adamw"]])
 @example(flags=[["--init-bias", "3e38"], ["--activation", "solu", "gelu"]])
 @example(flags=[["--l1", "3e38"], ["--bias-decay", "3e38"]])
+@example(flags=[["--linear-path", "0", "2"], ["--bias-decay", "1"], ["--bias-decay-mode", *BIAS_DECAY_MODES]])
 def test_random_argument_lists_train_or_are_refused_in_one_line(flags, capsys):
     check(flags, capsys)
 

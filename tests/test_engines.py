@@ -54,7 +54,8 @@ def test_loss_of_each_step_is_that_of_the_parameters_before_it(engine: Engine, t
 # The same bits, whatever stands beside.
 
 
-SHAPES = [SMALL, {"n_features": 45, "d_embed": 11, "n_neurons": 150, "batch_size": 101, "feature_prob": 0.1}]
+WIDE = {"n_features": 45, "d_embed": 11, "n_neurons": 150, "batch_size": 101, "feature_prob": 0.1}
+SHAPES = [SMALL, {**WIDE, "linear_path": 7}]
 
 
 @ENGINES
@@ -88,7 +89,7 @@ def test_model_alone_equals_model_among_seventeen_bitwise(engine: Engine) -> Non
 @ENGINES
 @pytest.mark.parametrize("task", TASKS)
 def test_model_in_several_row_tiles_keeps_its_bits_in_company(engine: Engine, task: str) -> None:
-    specs = [spec_of(task=task, seed=seed, **TILED) for seed in (1, 2, 1)]
+    specs = [spec_of(task=task, seed=seed, linear_path=4, **TILED) for seed in (1, 2, 1)]
     specs[2] = specs[2].replace(lr=0.03, l1=0.1)
     together, losses = train(engine, specs, 3)
     alone, alone_losses = train(engine, specs[2:], 1, 2)
@@ -99,9 +100,10 @@ def test_model_in_several_row_tiles_keeps_its_bits_in_company(engine: Engine, ta
 @pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 1e6), ("lamb", 1e30), ("adamw", 1e30)])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_diverging_neighbour_changes_no_bit(engine: Engine, activation: str, optimizer: str, lr: float) -> None:
+    base = spec_of(optimizer=optimizer, activation=activation, bias_decay=1.0, linear_path=3)
     calm = [
-        spec_of(optimizer=optimizer, activation=activation, seed=1),
-        spec_of(optimizer=optimizer, activation=activation, seed=2, l1=0.1),
+        base.replace(seed=1, bias_decay_mode="rate"),
+        base.replace(seed=2, l1=0.1, bias_decay_mode="per_neuron"),
     ]
     wild = calm[0].replace(lr=lr)  # shares a stream with the first
     for specs in ([wild, *calm], [calm[0], wild, calm[1]], [*calm, wild]):
@@ -117,8 +119,8 @@ def test_diverging_neighbour_changes_no_bit(engine: Engine, activation: str, opt
 @ENGINES
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_where_calls_cut_the_steps_changes_no_bit(engine: Engine, optimizer: str) -> None:
-    # steps=19: bias decay, in the second model, ends within
-    specs = mixed_specs(spec_of(optimizer=optimizer, steps=19))
+    # steps=19: bias decay ends within
+    specs = mixed_specs(spec_of(optimizer=optimizer, steps=19, linear_path=2))
     whole, losses = train(engine, specs, 19)
     for cuts in ((1,) * 19, (3, 16), (18, 1), (5, 0, 4, 10)):
         models, found = train(engine, specs, *cuts)
@@ -128,7 +130,7 @@ def test_where_calls_cut_the_steps_changes_no_bit(engine: Engine, optimizer: str
 
 @ENGINES
 def test_resuming_with_another_engine_object_and_block_changes_no_bit(engine: Engine) -> None:
-    specs = mixed_specs(spec_of())
+    specs = mixed_specs(spec_of(linear_path=3))
     whole, losses = train(engine, specs, 10)
     first = Block.new(specs)
     head = engine().advance(first, 4)
@@ -145,6 +147,7 @@ def test_resuming_with_another_engine_object_and_block_changes_no_bit(engine: En
 @ENGINES
 def test_engine_object_that_serves_several_blocks_changes_no_bit(engine: Engine) -> None:
     lists = [mixed_specs(spec_of()), mixed_specs(spec_of(task="abs", n_neurons=9)), [spec_of(seed=1, d_embed=3)]]
+    lists.append(mixed_specs(spec_of(linear_path=5)))
     expected = [train(engine, specs, 6)[0] for specs in lists]
     shared, blocks = engine(), [Block.new(specs) for specs in lists]
     for _ in range(3):
@@ -157,7 +160,7 @@ def test_engine_object_that_serves_several_blocks_changes_no_bit(engine: Engine)
 @ENGINES
 def test_number_of_threads_changes_no_bit_and_is_put_back(engine: Engine) -> None:
     # large enough for PyTorch to share products (by MKL) and norms (above 32,768 numbers) among threads
-    specs = mixed_specs(spec_of(**{**TILED, "n_features": 70}))
+    specs = mixed_specs(spec_of(**{**TILED, "n_features": 70, "linear_path": 9}))
     threads = torch.get_num_threads()
     found = []
     try:
@@ -174,7 +177,7 @@ def test_number_of_threads_changes_no_bit_and_is_put_back(engine: Engine) -> Non
 @ENGINES
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_training_leaves_projections_and_padding_alone(engine: Engine, optimizer: str) -> None:
-    specs = mixed_specs(spec_of(task="reprojector", optimizer=optimizer, d_embed=3))
+    specs = mixed_specs(spec_of(task="reprojector", optimizer=optimizer, d_embed=3, linear_path=2))
     models, _ = train(engine, specs, 20)
     for spec, model in zip(specs, models, strict=True):
         covered = torch.zeros_like(model.parameters)
@@ -238,6 +241,10 @@ def test_divergence_is_the_first_step_whose_loss_or_update_is_not_finite(
         },  # |b| above |u|: LAMB's factor is beyond float32
         {"bias_decay": 3.4028234663852886e38, "lr": 1e3},  # a factor beyond float32
         {"bias_decay": 3.4028234663852886e38, "lr": 3e38},
+        {"bias_decay": 3.4028234663852886e38, "lr": 3e38, "bias_decay_mode": "per_neuron"},
+        {"bias_decay": 3.4028234663852886e38, "bias_decay_mode": "per_neuron"},
+        {"bias_decay": 3.4028234663852886e38, "bias_decay_mode": "rate"},
+        {"lr": 3e38, "bias_decay": 1.0, "bias_decay_mode": "rate", "linear_path": 2},
         {"l1": 3.4028234663852886e38},
         {"init_bias": 3.4028234663852886e38},
         {"init_bias": -3.4028234663852886e38},
@@ -249,7 +256,10 @@ def test_any_valid_spec_trains_or_diverges_and_raises_nothing(
     engine: Engine, optimizer: str, extreme: dict[str, object]
 ) -> None:
     calm = spec_of(optimizer=optimizer, seed=1, n_neurons=extreme.get("n_neurons", 19))
+    calm = calm.replace(linear_path=extreme.get("linear_path", 0))
     for task, activation in itertools.product(TASKS, ACTIVATIONS):
+        if task == "reprojector" and extreme.get("bias_decay_mode") == "per_neuron":
+            continue  # refused
         wild = spec_of(task=task, activation=activation, optimizer=optimizer, **extreme)
         models, losses = train(engine, [wild, calm.replace(task=task, activation=activation)], 4)
         at, finite = models[0].diverged_step, bool(models[0].parameters.isfinite().all())
@@ -261,7 +271,10 @@ def test_any_valid_spec_trains_or_diverges_and_raises_nothing(
             assert not (finite and losses[0, at - 1].isfinite())
 
 
-PLACES = [("W_in", "first"), ("W_in", "middle"), ("b", "last"), ("W_outT", "first"), ("W_outT", "last")]
+PLACES = [
+    ("W_in", "first"), ("W_in", "middle"), ("b", "last"), ("W_outT", "first"), ("W_outT", "last"),
+    ("L_in", "last"), ("L_outT", "first"),
+]  # fmt: skip
 
 
 def plant(spec: ModelSpec, flat: Tensor, place: tuple[str, str], value: float) -> None:
@@ -281,7 +294,7 @@ def is_active(model: Model, place: tuple[str, str]) -> bool:
 @pytest.mark.parametrize("place", PLACES, ids="-".join)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_in_a_parameter_shows_at_the_next_step(engine: Engine, activation: str, place: tuple[str, str]) -> None:
-    spec = spec_of(optimizer="sgd", activation=activation, seed=1)
+    spec = spec_of(optimizer="sgd", activation=activation, seed=1, linear_path=3 * place[0].startswith("L_"))
     block, trainer = Block.new([spec.replace(seed=2), spec]), engine()
     before = trainer.advance(block, 3)
     assert before.isfinite().all()
@@ -314,7 +327,7 @@ def test_infinite_bias_that_relu_hides_from_the_loss_still_diverges(engine: Engi
 def test_nan_in_a_moment_diverges_at_the_step_that_uses_it_with_a_finite_loss(
     engine: Engine, optimizer: str, moment: str, place: tuple[str, str]
 ) -> None:
-    spec = spec_of(optimizer=optimizer, seed=1)
+    spec = spec_of(optimizer=optimizer, seed=1, linear_path=3)
     block, trainer = Block.new([spec]), engine()
     trainer.advance(block, 3)
     plant(spec, getattr(block.models[0], moment), place, math.nan)

@@ -11,7 +11,16 @@ import torch
 import torch_optimizer
 from torch import Tensor
 
-from fastmono.optim import adamw_, bias_factor, lamb_, learning_rates, sgd_
+from fastmono.optim import (
+    adamw_,
+    bias_factor,
+    decay_strength,
+    lamb_,
+    learning_rates,
+    relative_change,
+    sgd_,
+    spread,
+)
 from fastmono.spec import ModelSpec
 
 STEPS = 50
@@ -205,3 +214,63 @@ def test_bias_factor_uses_the_base_learning_rate() -> None:
     assert learning_rates(spec, 512, 1) == [0.0]
     assert bias_factor(spec, 512) == 1 - 0.5 * 0.25
     assert bias_factor(spec.replace(bias_decay=0.0), 512) == 1.0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 9])
+def test_decay_of_the_other_modes_acts_in_the_same_half_and_in_its_own_unit(steps: int) -> None:
+    half = math.ceil(steps / 2)
+    for mode, strength in (("per_neuron", 0.03 * 0.01), ("rate", 0.03), ("global", 0.0)):
+        spec = ModelSpec(bias_decay=0.03, lr=0.01, steps=steps, bias_decay_mode=mode)
+        assert [decay_strength(spec, t) for t in range(steps)] == [strength] * half + [0.0] * (steps - half)
+        if mode != "global":
+            assert [bias_factor(spec, t) for t in range(steps)] == [1.0] * steps
+
+
+def test_spread_is_0_for_one_output_and_1_for_all_alike_whatever_their_size_and_signs() -> None:
+    rows = torch.zeros(5, 100, dtype=torch.float64)
+    rows[0, 7] = -3.0
+    rows[1] = torch.where(torch.arange(100) % 3 == 0, -0.2, 0.2)
+    rows[2, :10] = 1e-3  # n of o alike: (1 - 1/n) / (1 - 1/o)
+    rows[3] = 0.05
+    rows[3, 50] = 1.0
+    participation = (1 + 99 * 0.05**2) ** 2 / (1 + 99 * 0.05**4)
+    expected = [0.0, 1.0, 0.9 / 0.99, (1 - 1 / participation) / 0.99, 1.0]  # the last row is zero
+    assert expected[3] == pytest.approx(0.36, abs=0.005)  # as the docstring has it
+    np.testing.assert_allclose(spread(rows).numpy(), expected, rtol=1e-12, atol=1e-15)
+    # sums of 100 float32 numbers in pairs: a few roundings
+    np.testing.assert_allclose(spread(rows.float()).numpy(), expected, rtol=0, atol=8 * 2.0**-24)
+    assert spread(rows.float() * 1e-25).tolist() == [1.0] * 5  # whose squares are 0
+    assert spread(torch.full((2, 1), 3.0)).tolist() == [0.0, 0.0]  # one output
+    drawn = torch.rand(50, 100, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    # uniform weights: sum w^4 / (sum w^2)^2 is about (1/5) / (1/3)^2 / o
+    assert float(spread(drawn).mean()) == pytest.approx(1 - 0.8 / 100, abs=0.002)
+
+
+def test_spread_is_that_of_each_row_by_its_definition() -> None:
+    rows = torch.randn(20, 33, generator=torch.Generator().manual_seed(1), dtype=torch.float64) ** 3
+    for s, row in zip(spread(rows).tolist(), rows.tolist(), strict=True):
+        participation = sum(w * w for w in row) ** 2 / sum(w**4 for w in row)
+        assert s == pytest.approx((1 - 1 / participation) / (1 - 1 / 33), rel=1e-12)
+
+
+def test_spread_passes_nan_on() -> None:
+    assert spread(torch.tensor([[1.0, math.nan], [1.0, 0.0]])).isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("norm", [3.0, 20.0])
+def test_relative_change_of_a_lamb_update_is_its_rate_where_no_norm_is_above_ten(norm: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    before = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((40, 9), (40, 30))]
+    before = [p * norm / p.norm() for p in before]
+    after = [p.clone() for p in before]
+    for p in after:
+        lamb_(p, torch.randn(p.shape, generator=generator, dtype=torch.float64), p * 0, p * 0, 0.02)
+    assert float(relative_change(before, after)) == pytest.approx(0.02 * min(1.0, 10 / norm), rel=1e-12)
+
+
+def test_relative_change_is_of_all_tensors_together_and_0_where_they_are_zero() -> None:
+    generator = torch.Generator().manual_seed(6)
+    before, after = ([torch.randn(s, generator=generator).double() for s in ((3, 4), (7,))] for _ in range(2))
+    old, new = (torch.cat([p.flatten() for p in each]) for each in (before, after))
+    assert float(relative_change(before, after)) == pytest.approx(float((new - old).norm() / old.norm()), rel=1e-12)
+    assert float(relative_change([torch.zeros(3)], [torch.ones(3)])) == 0.0

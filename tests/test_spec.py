@@ -17,7 +17,7 @@ from fastmono.frequencies import presence_probabilities, thresholds
 from fastmono.spec import FIELDS, Grid, ModelSpec
 
 NAN, INF = math.nan, math.inf
-WHOLE = ("n_features", "d_embed", "n_neurons", "batch_size", "steps", "seed")
+WHOLE = ("n_features", "d_embed", "n_neurons", "linear_path", "batch_size", "steps", "seed")
 REAL = ("feature_prob", "lr", "init_bias", "bias_decay", "l1")
 NAMED = {
     "task": ("decoder", "reprojector", "abs"),
@@ -25,12 +25,13 @@ NAMED = {
     "frequency": ("uniform", "power_law"),
     "optimizer": ("lamb", "adamw", "sgd"),
     "schedule": ("published", "cosine", "constant"),
+    "bias_decay_mode": ("global", "per_neuron", "rate"),
 }
 
 NOT_NUMBERS = [None, [], [1], {}, "1", b"1", bytearray(b"1"), True, False, np.True_, NAN, INF, -INF, 1j, object]
 BAD = [
     *((field, bad) for field in WHOLE for bad in [*NOT_NUMBERS, -1, -(10**30), 10**30, 1.5, 4.0]),
-    *((field, 0) for field in WHOLE if field != "seed"),
+    *((field, 0) for field in WHOLE if field not in ("seed", "linear_path")),
     *((field, 2**31) for field in ("n_features", "d_embed", "n_neurons", "batch_size")),
     ("steps", 2**63),
     ("seed", 2**32),
@@ -110,6 +111,7 @@ def test_numpy_scalars_become_python_numbers_and_equal_the_plain_spec() -> None:
         n_features=np.int64(16),
         d_embed=np.uint8(4),
         n_neurons=np.int32(8),
+        linear_path=np.int16(2),
         feature_prob=np.float32(0.25),
         lr=np.float64(0.5),
         init_bias=np.int64(-1),
@@ -119,7 +121,7 @@ def test_numpy_scalars_become_python_numbers_and_equal_the_plain_spec() -> None:
         seed=np.uint32(2**32 - 1),
     )
     plain = ModelSpec(
-        task="abs", n_features=16, d_embed=4, n_neurons=8, feature_prob=0.25, lr=0.5, init_bias=-1.0,
+        task="abs", n_features=16, d_embed=4, n_neurons=8, linear_path=2, feature_prob=0.25, lr=0.5, init_bias=-1.0,
         l1=2.0, batch_size=3, steps=7, seed=2**32 - 1,
     )  # fmt: skip
     assert spec == plain and hash(spec) == hash(plain) and spec.content_hash() == plain.content_hash()
@@ -149,9 +151,10 @@ def test_spec_is_frozen_keyword_only_and_has_the_published_defaults() -> None:
     with pytest.raises(TypeError):
         ModelSpec("decoder")  # type: ignore[misc]
     assert ModelSpec().to_dict() == {
-        "task": "decoder", "n_features": 512, "d_embed": 64, "n_neurons": 1024, "activation": "relu",
+        "task": "decoder", "n_features": 512, "d_embed": 64, "n_neurons": 1024, "linear_path": 0, "activation": "relu",
         "feature_prob": 1 / 64, "frequency": "uniform", "optimizer": "lamb", "lr": 0.003, "schedule": "published",
-        "init_bias": 0.0, "bias_decay": 0.0, "l1": 0.0, "batch_size": 8192, "steps": 131072, "seed": 0,
+        "init_bias": 0.0, "bias_decay": 0.0, "bias_decay_mode": "global", "l1": 0.0, "batch_size": 8192,
+        "steps": 131072, "seed": 0,
     }  # fmt: skip
 
 
@@ -161,6 +164,9 @@ def test_flops_and_output_width_follow_the_task() -> None:
     assert spec.flops_per_step == 6 * 7 * (3 * 5 + 5 * 10) - 2 * 7 * 3 * 5
     assert spec.n_parameters == 5 * 3 + 5 + 5 * 10
     assert ModelSpec().flops_per_step == pytest.approx(28e9, rel=0.02)  # design, section 1
+    linear = spec.replace(linear_path=2)  # as many operations as two neurons more, and as many numbers but for b
+    assert linear.flops_per_step == spec.replace(n_neurons=7).flops_per_step
+    assert linear.n_parameters == spec.replace(n_neurons=7).n_parameters - 2
 
 
 def test_replace_validates_again() -> None:
@@ -181,7 +187,7 @@ def test_content_hash_changes_with_every_field_and_with_the_context() -> None:
     changes = {
         "task": "abs", "n_features": 513, "d_embed": 63, "n_neurons": 1025, "activation": "gelu",
         "feature_prob": 1 / 63, "frequency": "power_law", "optimizer": "sgd", "lr": math.nextafter(3e-3, 1),
-        "schedule": "cosine",
+        "schedule": "cosine", "linear_path": 1, "bias_decay_mode": "rate",
         "init_bias": 1e-30, "bias_decay": 1e-30, "l1": 1e-30, "batch_size": 8193, "steps": 2**17 + 1, "seed": 1,
     }  # fmt: skip
     assert set(changes) == set(FIELDS)
@@ -209,6 +215,7 @@ def valid_specs() -> st.SearchStrategy[ModelSpec]:
         "n_features": st.integers(1, 3000),
         "d_embed": st.integers(1, 3000),
         "n_neurons": st.integers(1, 2**31 - 1),
+        "linear_path": st.integers(0, 3000),
         "feature_prob": st.floats(2.0**-10, 0.99),
         "lr": st.floats(2.0**-149, **finite),
         "init_bias": st.floats(**finite),
@@ -222,6 +229,9 @@ def valid_specs() -> st.SearchStrategy[ModelSpec]:
 
     def build(values: dict[str, object]) -> ModelSpec:
         values["d_embed"] = min(values["d_embed"], values["n_features"])  # type: ignore[type-var]
+        values["linear_path"] = min(values["linear_path"], values["d_embed"])  # type: ignore[type-var]
+        if values["task"] == "reprojector" and values["bias_decay_mode"] == "per_neuron":
+            values["bias_decay_mode"] = "global"
         return ModelSpec(**values)  # type: ignore[arg-type]
 
     return st.fixed_dictionaries(fields).map(build)
@@ -287,7 +297,7 @@ def test_any_field_can_be_an_axis() -> None:
 
 
 def _room(field: str) -> dict[str, list[int]]:
-    return {"d_embed": [1]} if field == "n_features" else {}
+    return {"n_features": {"d_embed": [1]}, "linear_path": {"d_embed": [65]}}.get(field, {})
 
 
 def test_grid_equality_is_by_models_in_order() -> None:

@@ -74,7 +74,7 @@ def test_a_run_directory_holds_what_the_design_lists(undisturbed):
     with (run.path / "models.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["lr"]) for row in rows] == [spec.lr for spec in GRID]
-    assert list(rows[0])[16:] == [
+    assert list(rows[0])[18:] == [
         "status", "final_loss", "eval_loss", "mono_neurons", "mono_per_feature", "mono_per_neuron", "dead_neurons",
         "mean_bias", "density", "diverged_step",
     ]  # fmt: skip

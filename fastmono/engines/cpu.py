@@ -22,12 +22,13 @@ from torch import Tensor
 from fastmono.block import Block, EngineError, Model, flat_size, padded, shape_class, single_thread
 from fastmono.engines import cpu_kernels as kernels
 from fastmono.engines.cpu_dense import dense_steps, tile_rows
+from fastmono.engines.cpu_problem import Problem
 from fastmono.engines.cpu_sampler import sample
 from fastmono.engines.simd import REGISTER
 from fastmono.frequencies import presence_probabilities, scales, thresholds
-from fastmono.optim import adam_corrections, bias_factor, learning_rates
+from fastmono.optim import adam_corrections, bias_factor, decay_strength, learning_rates
 from fastmono.philox import Purpose, stream_key
-from fastmono.spec import OPTIMIZERS, TASKS, ModelSpec
+from fastmono.spec import BIAS_DECAY_MODES, OPTIMIZERS, TASKS, ModelSpec
 
 STEPS_AT_ONCE = 32
 """Steps that one model trains before the next one does: its state comes from memory once for all of them."""
@@ -49,15 +50,20 @@ def path_of(spec: ModelSpec, skips_zeros: bool = True) -> str:
 
     features    only present features and active neurons; z from G = W_in P
     embedding   only active neurons; z from x, which takes fewer multiplications where many features are present
-    narrow      Gram matrices (cpu_dense.py), for at most N / 2 neurons: relu only where its bias starts at 0 or above
-                and so nearly all neurons are used
+    narrow      Gram matrices (cpu_dense.py), for at most N / 2 neurons and rows of the linear path: relu only where
+                its bias starts at 0 or above and so nearly all neurons are used
     dense       dense products; with `skips_zeros` False for every model
     """
-    N, m, k, B = spec.n_features, spec.d_embed, spec.n_neurons, spec.batch_size
+    N, m, k, B = spec.n_features, spec.d_embed, spec.n_neurons + spec.linear_path, spec.batch_size
     narrow = spec.task != "reprojector" and 2 * k <= N and B * k * N >= LEAST_NARROW
     if spec.activation == "relu" and skips_zeros and not (narrow and spec.init_bias >= 0):
         return "features" if N * spec.feature_prob + N * m / B < m else "embedding"
     return "narrow" if narrow and skips_zeros else "dense"
+
+
+def columns(spec: ModelSpec) -> int:
+    """Length of a row with a number for each neuron and, behind these, for each row of the linear path."""
+    return padded(spec.n_neurons) + padded(spec.linear_path)
 
 
 def odd_lines(length: int) -> int:
@@ -143,12 +149,14 @@ class Workspace:
     def __init__(self, spec: ModelSpec, path: str) -> None:
         self.path = path
         N, k, B = spec.n_features, spec.n_neurons, spec.batch_size
-        M, K, O = padded(spec.d_embed), padded(k), padded(spec.d_output)  # noqa: E741
-        LK, LE, steps = odd_lines(k), odd_lines(O), steps_at_once(spec)
+        M, O = padded(spec.d_embed), padded(spec.d_output)  # noqa: E741
+        r, K = spec.linear_path, columns(spec)
+        LK, LE, steps = odd_lines(K), odd_lines(O), steps_at_once(spec)
         self.gradient = torch.zeros(flat_size(spec), **FLOAT32)
-        self.rates, self.factors, self.losses = (torch.empty(steps, **FLOAT32) for _ in range(3))
+        self.rates, self.factors, self.strengths, self.losses = (torch.empty(steps, **FLOAT32) for _ in range(4))
         self.corrections = torch.empty(steps, 2, **FLOAT32)
-        blocks = -(-K // kernels.BLOCK)
+        self.change = torch.zeros(REGISTER, **FLOAT32)
+        blocks = -(-padded(k) // kernels.BLOCK)
         pairs = kernels.TILE * LK
         if path in ("features", "embedding"):
             sizes = {
@@ -159,7 +167,7 @@ class Workspace:
             rows = tile_rows(spec)
             sizes = {"X": B * M, "E": B * O, "Z": rows * K, "DZ": rows * K}
             if path == "narrow":
-                sizes |= {"E": B * K, "G_T": N * K, "H": rows * K, "C": N * K, "S": k * k}
+                sizes |= {"E": B * K, "G_T": N * K, "H": rows * K, "C": N * K, "S": (k + r) ** 2}
         self.buffers = {name: torch.zeros(size, **FLOAT32) for name, size in sizes.items()}
         if path in ("features", "embedding"):
             self.buffers |= {
@@ -172,18 +180,20 @@ class Workspace:
                 "MOVING": torch.zeros(K, **FLOAT32),
                 "BEHIND": torch.zeros(K, dtype=torch.int32, device="cpu"),
             }
-        self.fields = dict.fromkeys(kernels.Problem._fields, 0)
+        self.fields = dict.fromkeys(Problem._fields, 0)
         self.fields |= {name: buffer.data_ptr() for name, buffer in self.buffers.items() if name in self.fields}
         self.fields |= {
             "task": TASKS.index(spec.task), "optimizer": OPTIMIZERS.index(spec.optimizer),
             "through_features": path == "features",
-            "N": N, "M": M, "k": k, "K": K, "O": O, "B": B, "blocks": blocks, "LK": LK, "LE": LE,
-            "GRADIENT": self.gradient.data_ptr(), "at_b": k * M, "at_out": k * M + K, "size": flat_size(spec),
+            "N": N, "M": M, "k": k, "r": r, "K": K, "O": O, "B": B, "blocks": blocks, "LK": LK, "LE": LE,
+            "GRADIENT": self.gradient.data_ptr(), "CHANGE": self.change.data_ptr(),
+            "at_b": (k + r) * M, "at_out": (k + r) * M + padded(k), "size": flat_size(spec),
         }  # fmt: skip
 
-    def problem(self, model: Model, stream: Stream) -> kernels.Problem:
+    def problem(self, model: Model, stream: Stream) -> Problem:
         """What the kernels take."""
-        return kernels.Problem(**self.fields)._replace(
+        return Problem(**self.fields)._replace(
+            decay=BIAS_DECAY_MODES.index(model.spec.bias_decay_mode),
             STARTS=stream.batches.starts.data_ptr(),
             INDICES=stream.batches.indices.data_ptr(),
             VALUES=stream.batches.values.data_ptr(),
@@ -260,17 +270,17 @@ class CpuEngine:
     @staticmethod
     def workspace_bytes(spec: ModelSpec, n_streams: int) -> int:
         """Memory beyond the models' own state, for a block of one shape whose models see `n_streams` streams."""
-        N, k, B = spec.n_features, spec.n_neurons, spec.batch_size
+        N, k, B = spec.n_features, spec.n_neurons + spec.linear_path, spec.batch_size
         m, o, steps = padded(spec.d_embed), padded(spec.d_output), steps_at_once(spec)
         # All of a batch's features where that is little, else far more than chance will give.
         present = 1.0 if steps * B * N <= STREAM_NUMBERS else min(1.0, 2 * spec.feature_prob + 32 / N)
         batches = 4 * steps * (B + 1) + int(8 * steps * B * N * present)
         stream = 4 * N * (m * (2 if spec.task == "reprojector" else 1) + 4)
-        path = path_of(spec)
-        tile = 2 * odd_lines(k) + 2 * padded(k) + m + odd_lines(o) + padded(k) // kernels.BLOCK + 2
-        sparse = (N + m + 2) * padded(k) + kernels.TILE * tile
-        rows, width = tile_rows(spec), padded(k) if path == "narrow" else o
-        dense = B * (m + width) + 6 * rows * padded(k) + (2 * N * padded(k) + 2 * k * k if path == "narrow" else 0)
+        path, K = path_of(spec), columns(spec)
+        tile = 2 * odd_lines(K) + 2 * K + m + odd_lines(o) + K // kernels.BLOCK + 2
+        sparse = (N + m + 2) * K + kernels.TILE * tile
+        rows, width = tile_rows(spec), K if path == "narrow" else o
+        dense = B * (m + width) + 6 * rows * K + (2 * N * K + 2 * k * k if path == "narrow" else 0)
         return batches + n_streams * stream + 4 * (flat_size(spec) + (dense if path in ("narrow", "dense") else sparse))
 
 
@@ -279,14 +289,15 @@ def train(model: Model, stream: Stream, work: Workspace, first: int, n: int) -> 
     spec = model.spec
     work.rates[:n] = torch.tensor(learning_rates(spec, first, n))
     work.factors[:n] = torch.tensor([bias_factor(spec, step) for step in range(first, first + n)])
+    work.strengths[:n] = torch.tensor([decay_strength(spec, step) for step in range(first, first + n)])
     if spec.optimizer == "adamw":
         work.corrections[:n] = torch.tensor([adam_corrections(step) for step in range(first, first + n)])
     work.losses.fill_(torch.nan)
     problem = work.problem(model, stream)
-    rates, corrections, factors = (t.data_ptr() for t in (work.rates, work.corrections, work.factors))
     unit, half_l1 = np.float32(2 / spec.batch_size), np.float32(spec.l1 / 2)
     if work.path in ("features", "embedding"):
-        well = kernels.train(problem, n, unit, half_l1, rates, corrections, factors, work.losses.data_ptr())
+        each = (work.rates, work.corrections, work.factors, work.strengths, work.losses)
+        well = kernels.train(problem, n, unit, half_l1, *(tensor.data_ptr() for tensor in each))
     else:
         well = dense_steps(model, work, problem, n)
     if well < n:

@@ -11,16 +11,17 @@ sample activates: a pair of (sample, neuron) with z <= 0 has h = dz = 0 and adds
 Where features are too many for that to pay, z is b + sum of x_c W_in^T[c]. Samples pass in tiles of 64, so that the
 samples that activate a neuron are the bits of one word. The update (cpu_update.py) leaves out neurons at rest.
 
-Fields and arguments in capitals are addresses, as simd.py explains. Rows are padded with zeros to a multiple of 16:
-M, K and O are the padded embedding dimension, neurons and outputs. N features, B samples.
+A linear path is r further rows of W_in and W_out^T, those from k on, that every sample activates: h = z without a
+bias, dz = e . W_out^T[j] without a penalty.
+
+p is a Problem (cpu_problem.py, which explains its fields); arguments in capitals are addresses.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
+from fastmono.engines.cpu_problem import Problem as Problem  # where what Numba kept before it was moved looks for it
 from fastmono.engines.cpu_rows import (
     ZERO,
     add_marked_rows,
@@ -51,9 +52,9 @@ from fastmono.engines.simd import (
     subtract,
 )
 
-SOURCES = "f7ddbbcf27d1baa4"
-"""The first digits of the SHA-256 of simd.py, cpu_rows.py, cpu_update.py and fastmono/optim.py. Numba keeps what it
-compiled until this file changes, and cannot see that those have: with them, this line must."""
+SOURCES = "6b2f2be39296185d"
+"""The first digits of the SHA-256 of simd.py, cpu_problem.py, cpu_rows.py, cpu_update.py and fastmono/optim.py. Numba
+keeps what it compiled until this file changes, and cannot see that those have: with them, this line must."""
 TILE = 64
 """Samples worked on at a time: the bits of a word."""
 BLOCK = 64
@@ -62,101 +63,35 @@ LEAST_ACTIVE = 8
 """Active neurons of a sample that are worked on together, on average, where a block has fewer."""
 
 
-class Problem(NamedTuple):
-    """One model, the batches it sees, and memory to work in: sizes, and addresses of float32 unless said otherwise.
-
-    Shapes of the scratch are those of `train`; cpu_dense.py puts whole batches at X and E, and W_out at G_T.
-    """
-
-    task: int
-    """0 decoder, 1 reprojector, 2 abs: its position in `fastmono.spec.TASKS`."""
-    optimizer: int
-    """0 lamb, 1 adamw, 2 sgd, as in `fastmono.spec.OPTIMIZERS`."""
-    through_features: int
-    """Whether z comes from G (1) or from x (0)."""
-    N: int
-    M: int
-    k: int
-    K: int
-    O: int  # noqa: E741
-    B: int
-    LK: int
-    """Length of a row of W_T and G_T, and of the lists ACTIVE, H and DZ."""
-    LE: int
-    """Length of a row of E."""
-    STARTS: int
-    """int32 [steps, B + 1]: where each sample's present features begin in the next two."""
-    INDICES: int
-    """int32: the present features."""
-    VALUES: int
-    P_T: int
-    """[N, M]"""
-    P2_T: int
-    """[N, O]; the reprojector's only."""
-    PARAMETERS: int
-    """W_in [k, M], b [K], W_out^T [k, O], as are both moments and GRADIENT."""
-    FIRST: int
-    SECOND: int
-    GRADIENT: int
-    at_b: int
-    """Where b begins in them."""
-    at_out: int
-    """Where W_out^T begins."""
-    size: int
-    G_T: int
-    """[N, LK]"""
-    W_T: int
-    """[M, LK]: W_in^T."""
-    X: int
-    """[TILE, M]"""
-    E: int
-    """[TILE, LE]"""
-    ACTIVE: int
-    """int32 [TILE, LK]: the active neurons of each sample, and room."""
-    H: int
-    """[TILE, LK]: their activations."""
-    DZ: int
-    """[TILE, LK]: their dz."""
-    NEXT: int
-    """int32 [TILE]: the next of each sample's active neurons that is needed."""
-    ROW: int
-    """[BLOCK]"""
-    ENDS: int
-    """int32 [TILE, blocks + 1]: where those of each block of neurons begin, and those of the last one end."""
-    blocks: int
-    WORDS: int
-    """uint64 [K]: for each neuron, the samples that activate it."""
-    COUNTING: int
-    """int32: 0, 1, 2, ... up to M."""
-    CHANGED: int
-    """[K]: 1 for a neuron with a gradient in this step, and once the step is done, for one whose rows have changed."""
-    MOVING: int
-    """[K]: 1 for a neuron whose first moment, of W_in or W_out^T, is not zero; for all, with SGD and AdamW."""
-    BEHIND: int
-    """int32 [k]: updates that the second moment of a neuron has not seen."""
-
-
 @inner
 def prepare(p):
     """W_in^T of the rows that have changed, and G^T where z comes from it."""
-    for j in range(p.k):
-        if get_float(p.CHANGED, j) != ZERO:
+    neurons = p.at_out - p.at_b
+    for j in range(p.k + p.r):
+        if j >= p.k or get_float(p.CHANGED, j) != ZERO:
+            column = j if j < p.k else neurons + j - p.k
             for c in range(p.M):
-                put_float(p.W_T, c * p.LK + j, get_float(p.PARAMETERS, j * p.M + c))
-    column = 0 if p.through_features else p.K
-    while column < p.K:
-        stop = column
-        while stop < p.K and any_nonzero(load(p.CHANGED, stop, REGISTER)):
-            stop += REGISTER
-        while column < stop:
-            lanes = piece(stop - column)
-            for i in range(p.N):
-                fill(p.G_T, i * p.LK + column, lanes)
-                add_rows(
-                    lanes, p.P_T + 4 * i * p.M, p.COUNTING, 0, p.M, p.W_T, p.LK, column, p.G_T, i * p.LK + column
-                )  # fmt: skip
-            column += lanes
-        column += REGISTER  # which has not changed, or is beyond the end
+                put_float(p.W_T, c * p.LK + column, get_float(p.PARAMETERS, j * p.M + c))
+    if p.through_features:
+        column = 0
+        while column < neurons:
+            stop = column
+            while stop < neurons and any_nonzero(load(p.CHANGED, stop, REGISTER)):
+                stop += REGISTER
+            prepare_features(p, column, stop)
+            column = stop + REGISTER  # which has not changed, or is beyond the end
+        prepare_features(p, neurons, p.K)
+
+
+@inner
+def prepare_features(p, column, stop):
+    """G^T from a column to another."""
+    while column < stop:
+        lanes = piece(stop - column)
+        for i in range(p.N):
+            fill(p.G_T, i * p.LK + column, lanes)
+            add_rows(lanes, p.P_T + 4 * i * p.M, p.COUNTING, 0, p.M, p.W_T, p.LK, column, p.G_T, i * p.LK + column)
+        column += lanes
 
 
 @inner
@@ -186,16 +121,11 @@ def hidden_tile(p, starts, first, count):
         put_int(p.ENDS, r * (p.blocks + 1), r * p.LK)
     column = 0
     for block in range(p.blocks):  # whose columns of G^T stay in the first cache
-        stop = min(column + BLOCK, p.K)
+        stop = min(column + BLOCK, p.at_out - p.at_b)
         while column < stop:
             lanes = min(piece(stop - column), BLOCK)
             for r in range(count):
-                if p.through_features:
-                    factors, numbers, rows = p.VALUES, p.INDICES, p.G_T
-                    present, last = get_int(starts, first + r), get_int(starts, first + r + 1)
-                else:
-                    factors, numbers, rows = p.X + 4 * r * p.M, p.COUNTING, p.W_T
-                    present, last = 0, p.M
+                factors, numbers, present, last, rows = inputs(p, starts, first, r)
                 ends = r * (p.blocks + 1) + block
                 # The first piece of a block begins where the block before it ends, the others where the last one did.
                 end = get_int(p.ENDS, ends + (column % BLOCK != 0))
@@ -205,6 +135,34 @@ def hidden_tile(p, starts, first, count):
                 )  # fmt: skip
                 put_int(p.ENDS, ends + 1, end)
             column += lanes
+    if p.r > 0:
+        linear_tile(p, starts, first, count)
+
+
+@inner
+def inputs(p, starts, first, r):
+    """What z of sample r of a tile is a sum of: factors, numbers of rows, where these begin and end, and the rows."""
+    if p.through_features:
+        return p.VALUES, p.INDICES, get_int(starts, first + r), get_int(starts, first + r + 1), p.G_T
+    return p.X + 4 * r * p.M, p.COUNTING, 0, p.M, p.W_T
+
+
+@inner
+def linear_tile(p, starts, first, count):
+    """The linear path of a tile, behind the active neurons of each sample: its z in H, and its rows in ACTIVE."""
+    neurons = p.at_out - p.at_b
+    for r in range(count):
+        factors, numbers, present, last, rows = inputs(p, starts, first, r)
+        end = get_int(p.ENDS, r * (p.blocks + 1) + p.blocks)
+        fill(p.H, end, p.K - neurons)
+        column = neurons
+        while column < p.K:
+            lanes = piece(p.K - column)
+            add_rows(lanes, factors, numbers, present, last, rows, p.LK, column, p.H, end + column - neurons)
+            column += lanes
+        for i in range(p.r):
+            put_int(p.ACTIVE, end + i, p.k + i)
+            put_word(p.WORDS, p.k + i, get_word(p.WORDS, p.k + i) | (np.uint64(1) << np.uint64(r)))
 
 
 @inner
@@ -234,6 +192,12 @@ def output_tile(p, count, together):
                         lanes, p.H, p.ACTIVE, first, last, p.PARAMETERS + 4 * p.at_out, p.O, column,
                         p.E, r * p.LE + column,
                     )  # fmt: skip
+        for r in range(count if p.r > 0 else 0):
+            first = get_int(p.ENDS, r * (p.blocks + 1) + p.blocks)
+            add_rows(
+                lanes, p.H, p.ACTIVE, first, first + p.r, p.PARAMETERS + 4 * p.at_out, p.O, column,
+                p.E, r * p.LE + column,
+            )  # fmt: skip
         column += lanes
     for r in range(count):
         for c in range(0, p.O, REGISTER):
@@ -265,15 +229,21 @@ def backward_tile(p, count, together, half_l1):
                         lanes, p.E, r * p.LE + column, p.ACTIVE, first, last, p.PARAMETERS + 4 * p.at_out, p.O, column,
                         p.DZ, half_l1,
                     )  # fmt: skip
+        for r in range(count if p.r > 0 else 0):
+            first = get_int(p.ENDS, r * (p.blocks + 1) + p.blocks)
+            dot_rows(
+                lanes, p.E, r * p.LE + column, p.ACTIVE, first, first + p.r, p.PARAMETERS + 4 * p.at_out, p.O, column,
+                p.DZ, ZERO,
+            )  # fmt: skip
         column += lanes
     column = 0
     while column < p.O:
         lanes = piece(p.O - column)
         first_factors(p, count)
-        for j in range(p.k):
+        for j in range(p.k + p.r):
             word = get_word(p.WORDS, j)
             if word != 0:
-                if get_float(p.CHANGED, j) == ZERO:
+                if j < p.k and get_float(p.CHANGED, j) == ZERO:
                     put_float(p.CHANGED, j, ONE)
                     clear_row(p, j)
                 out = p.at_out + j * p.O + column
@@ -283,22 +253,22 @@ def backward_tile(p, count, together, half_l1):
     while column < p.M:
         lanes = piece(p.M - column)
         first_factors(p, count)
-        for j in range(p.k):
+        for j in range(p.k + p.r):
             word = get_word(p.WORDS, j)
             if word != 0:
                 db = add_marked_rows(lanes, word, p.DZ, p.NEXT, p.X, p.M, column, p.GRADIENT, j * p.M + column)
-                if column == 0:
+                if column == 0 and j < p.k:
                     put_float(p.GRADIENT, p.at_b + j, get_float(p.GRADIENT, p.at_b + j) + db)
         column += lanes
 
 
 @entry
-def train(p, steps, unit, half_l1, rates, corrections, factors, losses):
+def train(p, steps, unit, half_l1, rates, corrections, factors, strengths, losses):
     """Train one ReLU model for so many steps, and return how many of them went well: a step whose loss or parameters
     are not finite is the last.
 
-    rates, factors, losses: addresses of float32 [steps], learning rates, factors of the bias, and the losses to be
-    written; corrections: float32 [steps, 2], AdamW's.
+    rates, factors, strengths, losses: addresses of float32 [steps], learning rates, factors of the bias, strengths of
+    its decay in the modes per_neuron and rate, and the losses to be written; corrections: float32 [steps, 2], AdamW's.
     """
     find_moving_rows(p)
     fill_with(p.CHANGED, p.K, ONE)
@@ -307,7 +277,9 @@ def train(p, steps, unit, half_l1, rates, corrections, factors, losses):
         starts = p.STARTS + 4 * well * (p.B + 1)
         prepare(p)
         fill(p.CHANGED, 0, p.K)
-        fill(p.GRADIENT, p.at_b, p.K)
+        fill(p.GRADIENT, p.at_b, p.at_out - p.at_b)
+        for j in range(p.k, p.k + p.r):
+            clear_row(p, j)
         total = 0.0
         for first in range(0, p.B, TILE):
             count = min(TILE, p.B - first)
@@ -317,7 +289,8 @@ def train(p, steps, unit, half_l1, rates, corrections, factors, losses):
             backward_tile(p, count, together, half_l1)
         loss = np.float32(total / p.B)
         put_float(losses, well, loss)
-        finite = update_rows(p, unit, get_float(rates, well), corrections, well, get_float(factors, well))
+        lr, factor, strength = get_float(rates, well), get_float(factors, well), get_float(strengths, well)
+        finite = update_rows(p, unit, lr, corrections, well, factor, strength)
         if not (finite and np.isfinite(loss)):
             break
         well += 1

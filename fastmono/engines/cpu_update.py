@@ -7,9 +7,10 @@
 LAMB leaves a neuron alone, exactly, whose rows of W_in and W_out^T have neither a gradient in this step nor a
 first moment: its u is 0. That is most of a layer that starts at a negative bias. Its v alone decays; what it has not
 seen it is multiplied by later, one step after another as it would have been, when the neuron moves again or the call
-ends. So the bits do not depend on where calls cut the steps.
+ends. So the bits do not depend on where calls cut the steps. A linear path is never at rest; its two tensors are those
+from row k on.
 
-`p` is a Problem (cpu_kernels.py), whose fields in capitals are addresses.
+`p` is a Problem (cpu_problem.py), whose fields in capitals are addresses.
 """
 
 from __future__ import annotations
@@ -36,17 +37,19 @@ from fastmono.engines.simd import (
     splat,
     square_root,
     store,
+    subtract,
 )
 from fastmono.optim import ADAMW_EPS, ADAMW_WEIGHT_DECAY, BETA1, BETA2, LAMB_EPS, LAMB_LARGEST_NORM
 
-SOURCES = "10a1747be2343d67"
-"""As in cpu_kernels.py, of simd.py, cpu_rows.py and fastmono/optim.py."""
+SOURCES = "d16a4b36870182e6"
+"""As in cpu_kernels.py, of simd.py, cpu_problem.py, cpu_rows.py and fastmono/optim.py."""
 ONE = np.float32(1.0)
 FIRST_KEPT, FIRST_NEW = np.float32(BETA1), np.float32(1 - BETA1)
 SECOND_KEPT, SECOND_NEW = np.float32(BETA2), np.float32(1 - BETA2)
 SMALL_LAMB, SMALL_ADAMW = np.float32(LAMB_EPS), np.float32(ADAMW_EPS)
 LARGEST_NORM, DECAY = np.float32(LAMB_LARGEST_NORM), np.float32(ADAMW_WEIGHT_DECAY)
 LAMB, ADAMW = 0, 1
+PER_NEURON, RATE = 1, 2
 
 
 @inner
@@ -58,7 +61,7 @@ def fill_with(out, count, value):
 
 @inner
 def clear_row(p, j):
-    """No gradient for the weights of neuron j."""
+    """No gradient for the weights of neuron, or row of the linear path, j."""
     fill(p.GRADIENT, j * p.M, p.M)
     fill(p.GRADIENT, p.at_out + j * p.O, p.O)
 
@@ -92,15 +95,31 @@ def lamb_scale(norm_p, norm_u, lr):
 
 
 @inner
+def add_square(sum, x):
+    """sum + x^2, lane by lane."""
+    return add(sum, multiply(x, x))
+
+
+@inner
+def note_change(p, change):
+    """Add 16 sums of squares to CHANGE, where that is asked for."""
+    if p.decay == RATE:
+        store(p.CHANGE, 0, add(load(p.CHANGE, 0, REGISTER), change))
+
+
+@inner
 def add_step(p, first, last, scale, factor):
     """Parameters first to last: `factor` times what `scale` times GRADIENT makes of them; 0, or NaN where they are not
     finite."""
-    finite = splat(ZERO, REGISTER)
+    finite, change = splat(ZERO, REGISTER), splat(ZERO, REGISTER)
     for i in range(first, last, REGISTER):
-        x = multiply_add(scale, load(p.GRADIENT, i, REGISTER), load(p.PARAMETERS, i, REGISTER))
-        x = multiply(splat(factor, REGISTER), x)
+        old = load(p.PARAMETERS, i, REGISTER)
+        x = multiply(splat(factor, REGISTER), multiply_add(scale, load(p.GRADIENT, i, REGISTER), old))
         store(p.PARAMETERS, i, x)
         finite = multiply_add(ZERO, x, finite)  # 0 inf and 0 NaN are NaN
+        if p.decay == RATE:
+            change = add_square(change, subtract(x, old))
+    note_change(p, change)
     return finite
 
 
@@ -108,14 +127,18 @@ def add_step(p, first, last, scale, factor):
 def add_adamw_step(p, first, last, lr, corrections, step, factor):
     """`add_step`, AdamW's, from the moments."""
     scale, root = -lr / get_float(corrections, 2 * step), ONE / get_float(corrections, 2 * step + 1)
-    finite = splat(ZERO, REGISTER)
+    finite, change = splat(ZERO, REGISTER), splat(ZERO, REGISTER)
     for i in range(first, last, REGISTER):
-        x = multiply(splat(ONE - lr * DECAY, REGISTER), load(p.PARAMETERS, i, REGISTER))
+        old = load(p.PARAMETERS, i, REGISTER)
+        x = multiply(splat(ONE - lr * DECAY, REGISTER), old)
         v = multiply(splat(root, REGISTER), square_root(load(p.SECOND, i, REGISTER)))
         u = divide(load(p.FIRST, i, REGISTER), add(v, splat(SMALL_ADAMW, REGISTER)))
         x = multiply(splat(factor, REGISTER), multiply_add(scale, u, x))
         store(p.PARAMETERS, i, x)
         finite = multiply_add(ZERO, x, finite)
+        if p.decay == RATE:
+            change = add_square(change, subtract(x, old))
+    note_change(p, change)
     return finite
 
 
@@ -197,7 +220,62 @@ def catch_up_all_rows(p):
 
 
 @inner
-def update_rows(p, unit, lr, corrections, step, factor):
+def update_others(p, unit, lr, corrections, step, factor):
+    """`update_tensor` of b, L_in and L_out^T; whether they are finite."""
+    finite = update_tensor(p, p.at_b, p.at_out, unit, lr, corrections, step, factor)
+    finite &= update_tensor(p, p.k * p.M, p.at_b, unit, lr, corrections, step, ONE)
+    return finite & update_tensor(p, p.at_out + p.k * p.O, p.size, unit, lr, corrections, step, ONE)
+
+
+@inner
+def size_of_weights(p):
+    """|W_in|^2 + |W_out|^2 for `rate`, else 0, with CHANGE at 0: before they are updated, and after all others are."""
+    size = splat(ZERO, REGISTER)
+    if p.decay == RATE:
+        fill(p.CHANGE, 0, REGISTER)
+        for i in range(0, p.k * p.M, REGISTER):
+            size = add_square(size, load(p.PARAMETERS, i, REGISTER))
+        for i in range(p.at_out, p.at_out + p.k * p.O, REGISTER):
+            size = add_square(size, load(p.PARAMETERS, i, REGISTER))
+    return dot(size, splat(ONE, REGISTER))
+
+
+@inner
+def spread_of_row(p, j):
+    """How far neuron j's outputs are spread over features, 0 to 1: `fastmono.optim.spread`."""
+    if p.N == 1:
+        return ZERO
+    squares, fourths = splat(ZERO, REGISTER), splat(ZERO, REGISTER)
+    for c in range(p.at_out + j * p.O, p.at_out + (j + 1) * p.O, REGISTER):
+        w = load(p.PARAMETERS, c, REGISTER)
+        square = multiply(w, w)
+        squares, fourths = add(squares, square), add_square(fourths, square)
+    ones = splat(ONE, REGISTER)
+    total, share = dot(squares, ones), ZERO
+    if total != ZERO:
+        share = dot(fourths, ones) / total / total
+    s = (ONE - share) * np.float32(1.0 / (1.0 - 1.0 / p.N))
+    return ZERO if s < ZERO else ONE if s > ONE else s  # a NaN stays
+
+
+@inner
+def decay_biases(p, strength, size):
+    """What `per_neuron` and `rate` make of b after the update, `size` being |W|^2 before it; whether b is finite."""
+    finite, rate = ZERO, ZERO
+    if strength == ZERO:
+        return True
+    if size != ZERO:
+        rate = np.sqrt(dot(load(p.CHANGE, 0, REGISTER), splat(ONE, REGISTER)) / size)
+    for j in range(p.k):
+        factor = ONE - strength * (spread_of_row(p, j) if p.decay == PER_NEURON else rate)
+        b = factor * get_float(p.PARAMETERS, p.at_b + j)
+        put_float(p.PARAMETERS, p.at_b + j, b)
+        finite += ZERO * b
+    return finite == ZERO
+
+
+@inner
+def update_rows(p, unit, lr, corrections, step, factor, strength):
     """`update` of a model whose GRADIENT was written for the neurons CHANGED alone; afterwards those are CHANGED whose
     rows are not what they were."""
     for j in range(p.k):
@@ -209,16 +287,20 @@ def update_rows(p, unit, lr, corrections, step, factor):
         else:
             put_int(p.BEHIND, j, get_int(p.BEHIND, j) + 1)
     if p.optimizer != LAMB:
-        return update(p, unit, lr, corrections, step, factor)
+        return update(p, unit, lr, corrections, step, factor, strength)
     fill(p.MOVING, 0, p.K)
-    finite = update_weights(p, 0, p.M, unit, lr)
-    finite &= update_tensor(p, p.at_b, p.at_out, unit, lr, corrections, step, factor)
-    return finite & update_weights(p, p.at_out, p.O, unit, lr)
+    finite = update_others(p, unit, lr, corrections, step, factor)
+    size = size_of_weights(p)
+    finite &= update_weights(p, 0, p.M, unit, lr)
+    finite &= update_weights(p, p.at_out, p.O, unit, lr)
+    return finite & decay_biases(p, strength, size)
 
 
 @entry
-def update(p, unit, lr, corrections, step, factor):
+def update(p, unit, lr, corrections, step, factor, strength):
     """One optimizer step of a model from a whole GRADIENT, and bias decay; whether all of its parameters are finite."""
-    finite = update_tensor(p, 0, p.at_b, unit, lr, corrections, step, ONE)
-    finite &= update_tensor(p, p.at_b, p.at_out, unit, lr, corrections, step, factor)
-    return finite & update_tensor(p, p.at_out, p.size, unit, lr, corrections, step, ONE)
+    finite = update_others(p, unit, lr, corrections, step, factor)
+    size = size_of_weights(p)
+    finite &= update_tensor(p, 0, p.k * p.M, unit, lr, corrections, step, ONE)
+    finite &= update_tensor(p, p.at_out, p.at_out + p.k * p.O, unit, lr, corrections, step, ONE)
+    return finite & decay_biases(p, strength, size)

@@ -7,7 +7,7 @@ share a launch. Without a GPU, `TRITON_INTERPRET=1` runs the same kernels on the
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -68,10 +68,21 @@ def scratch_parts(launches: Sequence[Launch], B: int, o: int) -> tuple[int, int,
     )
 
 
+def refuse_unknown(specs: Iterable[ModelSpec]) -> None:
+    """`ValueError` for what the kernels do not have yet."""
+    for spec in specs:
+        if spec.linear_path or spec.bias_decay_mode != "global":
+            raise ValueError(
+                f"linear_path={spec.linear_path}, bias_decay_mode={spec.bias_decay_mode!r}: "
+                "not yet in engine='triton'; use engine='cpu'"
+            )
+
+
 class Packed:
     """A block's models on the device, and the scratch of their kernels."""
 
     def __init__(self, block: Block, precision: str, device: torch.device, architecture: int) -> None:
+        refuse_unknown(block.specs)
         spec = block.specs[0]
         self.spec, self.precision, self.device = spec, precision, device
         self.operand = OPERAND[precision]
@@ -313,6 +324,7 @@ class TritonEngine:
     @staticmethod
     def workspace_bytes(spec: ModelSpec, n_streams: int) -> int:
         """Memory beyond the models' own state, on the host: what is packed before it goes to the device."""
+        refuse_unknown([spec])
         return 8 * spec.n_features * max(spec.d_embed, 16) * n_streams
 
 
