@@ -49,7 +49,6 @@ from torch import Tensor
 from fastmono.block import single_thread
 from fastmono.frequencies import presence_probabilities
 from fastmono.interpret_parts import INTERFERENCE_SAMPLES, Parts
-from fastmono.tasks import target
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -172,14 +171,12 @@ def roc(present: Tensor, absent: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Samples:
-    """The interference samples with a probe's feature absent, then the same with it present."""
+    """The interference samples with a probe's feature absent, then the same with it present, [2 S]."""
 
-    a: Tensor  # [2 S], amplitudes
-    weights: Tensor  # [2 S]
-    z: Tensor  # [2 S, k]
-    features: Tensor  # [2 S, N]
     feature: int
     sign: float
+    a: Tensor  # amplitudes
+    weights: Tensor
 
 
 def _samples(parts: Parts, probe: int) -> _Samples:
@@ -191,10 +188,13 @@ def _samples(parts: Parts, probe: int) -> _Samples:
     amplitude = (torch.arange(INTERFERENCE_SAMPLES, dtype=torch.float64) + 0.5) * GOLDEN % 1
     a = torch.cat((torch.zeros_like(amplitude), amplitude))
     weights = torch.cat((torch.full_like(amplitude, 1 - p), torch.full_like(amplitude, p)))
-    z = torch.cat((parts.z_with(feature, 0.0), parts.z_with(feature, sign * amplitude[:, None])))
-    features = parts.others.repeat(2, 1)
-    features[:, feature] = sign * a
-    return _Samples(a, weights, z, features, feature, sign)
+    return _Samples(feature, sign, a, weights)
+
+
+def _linear(parts: Parts, x: _Samples, row: Tensor) -> Tensor:
+    """row . f [2 S] for row [N]."""
+    others = parts.others @ row - parts.others[:, x.feature] * row[x.feature]
+    return others.repeat(2) + x.sign * x.a * row[x.feature]
 
 
 def _checked(parts: Parts, probe: int, count: int) -> list[int]:
@@ -211,16 +211,21 @@ def _checked(parts: Parts, probe: int, count: int) -> list[int]:
 def _terms(parts: Parts, x: _Samples, neuron: int) -> tuple[Tensor, float, float]:
     """u = a + n [2 S], the threshold and the gain of a neuron."""
     g = x.sign * float(parts.overlaps[neuron, x.feature])
-    b = float(parts.params["b"][neuron])
-    return (x.z[:, neuron] - b) / g, -b / g, g * float(parts.readout[x.feature, neuron])
+    u = _linear(parts, x, parts.overlaps[neuron]) / g
+    return u, -float(parts.params["b"][neuron]) / g, g * float(parts.readout[x.feature, neuron])
 
 
 def _left(parts: Parts, x: _Samples) -> Tensor:
     """r_i . (tau - y) [2 S]: what the whole model leaves to do for the feature."""
-    tau = target(parts.spec.task, x.features, parts.params.get("P2"))
-    wanted = tau @ parts.params["P2"][:, x.feature] if parts.spec.task == "reprojector" else tau[:, x.feature]
-    left = wanted - x.z.relu() @ parts.readout[x.feature]
-    return left if parts.path is None else left - x.features @ parts.path[x.feature]
+    wanted = x.a
+    if parts.spec.task == "reprojector":
+        P2 = parts.params["P2"]
+        wanted = _linear(parts, x, P2[:, x.feature] @ P2)
+    given = [
+        parts.z_with(x.feature, x.sign * half[:, None]).relu_() @ parts.readout[x.feature] for half in x.a.chunk(2)
+    ]
+    left = wanted - torch.cat(given)
+    return left if parts.path is None else left - _linear(parts, x, parts.path[x.feature])
 
 
 @single_thread()
