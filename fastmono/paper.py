@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from fastmono.claims import claims_of
-from fastmono.paper_figures import Drawing, claim_figures, sweep_figures
+from fastmono.claims_inside import section_5
+from fastmono.paper_figures import Drawing, claim_figures, inside_figures, sweep_figures
 from fastmono.presets import SWEEPS, Sweep
 from fastmono.report import write_report
 from fastmono.run import load_run
@@ -114,16 +115,26 @@ def reproduce(
     figures = folder / "figures"
     report = folder / "report.md"
     for sweep, run in train_sweeps(sweeps, scale, out, workers, console):
-        for drawing in (*sweep_figures(sweep, scale, run), *(claim_figures(scale, run) if sweep == sweeps[-1] else ())):
+        for drawing in sweep_figures(sweep, scale, run):
             drawing.save(figures)
-        report = write_report(folder, scale, run, claims_of(run, scale), _drawn(scale, run, figures))
+        claims, drawn, inside = claims_of(run, scale), _drawn(scale, run, figures), None
+        if sweep == sweeps[-1]:  # what is found inside takes longer, and rests on several sweeps
+            if console is not None:
+                console.print("looking inside the models (section 5)")
+            inside = section_5(run, scale, folder / "insides.json")
+            claims += inside.claims
+            drawn |= {"claims": list(claim_figures(scale, run)), "inside": list(inside_figures(run, inside))}
+            for drawing in (*drawn["claims"], *drawn["inside"]):
+                drawing.save(figures)
+        report = write_report(folder, scale, run, claims, drawn, inside)
     return report
 
 
 def _drawn(scale: str, run: Run, figures: Path) -> dict[str, list[Drawing]]:
-    """The figures that are there, by sweep; those of the claims under ""."""
-    found = {"": list(claim_figures(scale, run))}
+    """The figures of sweeps that are there, by sweep."""
+    found = {}
     for sweep in SWEEPS.values():
         if set(sweep.grid(scale)) <= set(run.specs):
-            found[sweep.name] = list(sweep_figures(sweep, scale, run))
-    return {name: [each for each in drawings if each.path(figures).exists()] for name, drawings in found.items()}
+            drawings = sweep_figures(sweep, scale, run)
+            found[sweep.name] = [drawing for drawing in drawings if drawing.path(figures).exists()]
+    return found

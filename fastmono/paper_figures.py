@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +9,19 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from fastmono import plots
+from fastmono import interpret, interpret_plots, plots
 from fastmono.claims import equal_loss_pair, settled
-from fastmono.files import write_bytes
+from fastmono.claims_inside import Section5
+from fastmono.plot_style import save_png
 from fastmono.presets import SWEEPS, Sweep
+from fastmono.spec import ModelSpec
 
 if TYPE_CHECKING:
     from fastmono.run import Run
 
 CHOICE = "of the lowest seed, the least, the median and the most monosemantic model"
+TYPICAL_CHOICE = "the most monosemantic model of lr-negative-bias, of the lowest seed"
+PAIRED_CHOICE = "the model of lr-negative-bias or of the wider layers that has the most of them"
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,7 @@ class Drawing:
     def save(self, folder: Path) -> None:
         """Draw it, and write it as PNG, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.make().savefig(png := io.BytesIO(), format="png")
-        write_bytes(self.path(folder), png.getvalue())
+        save_png(self.make(), self.path(folder))
 
 
 def models_to_show(run: Run) -> list[int]:
@@ -83,3 +85,29 @@ def claim_figures(scale: str, run: Run) -> Iterator[Drawing]:
             f"Two models of one seed with essentially equal losses ({losses}), of all such pairs the most different."
         )
         yield Drawing("equal-loss", caption, lambda: plots.activations_and_biases(part, [0, 1]))
+
+
+def inside_figures(run: Run, found: Section5) -> Iterator[Drawing]:
+    """The figures of section 5, of one model and, for features with two neurons, of another (`Section5`)."""
+    cache: dict[ModelSpec, interpret.Findings] = {}
+
+    def drawn(name: str, spec: ModelSpec) -> Callable[[], Figure]:
+        def make() -> Figure:
+            if spec not in cache:
+                cache[spec] = interpret.findings(run.parameters(run.specs.index(spec)), spec)
+            return interpret_plots.FIGURES[name](cache[spec])
+
+        return make
+
+    captions = {
+        "responses": "The output for some features against their amplitude, by part",
+        "single_neurons": "Features with one monosemantic neuron: its threshold and gain against the best ones",
+        "pairs": "Features with two monosemantic neurons",
+        "linear_part": "The polysemantic neurons as a linear map",
+        "definition": "How much the count of monosemantic neurons depends on its definition",
+    }
+    for name, caption in captions.items():
+        spec = found.paired if name == "pairs" else found.typical
+        if spec is not None:
+            rule = PAIRED_CHOICE if name == "pairs" else TYPICAL_CHOICE
+            yield Drawing(f"inside-{name}", f"{caption}: {rule}.", drawn(name, spec))

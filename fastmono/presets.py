@@ -38,7 +38,8 @@ class Scale:
     task_learning_rates: tuple[float, ...]
     init_biases: tuple[float, ...]
     bias_decays: tuple[float, ...]
-    """The third is the one that goes with the negative bias elsewhere."""
+    bias_decay: float
+    """The one that goes with the negative bias."""
     feature_probs: tuple[float, ...]
     l1s: tuple[float, ...]
     widths: tuple[int, ...]
@@ -47,7 +48,7 @@ class Scale:
 
     def starts(self, *which: str) -> tuple[ModelSpec, ...]:
         """The base with the initial biases named: zero, negative, or both where none is."""
-        bias = {"init_bias": NEGATIVE_BIAS, "bias_decay": self.bias_decays[2]}
+        bias = {"init_bias": NEGATIVE_BIAS, "bias_decay": self.bias_decay}
         both = {"zero": self.base, "negative": self.base.replace(**bias)}
         return tuple(both[name] for name in which or both)
 
@@ -64,6 +65,7 @@ SCALES = {
         task_learning_rates=(0.003, 0.01, 0.03),
         init_biases=(0.0, -0.1, -0.3, -1.0, -3.0),
         bias_decays=(0.0, 0.01, NEGATIVE_BIAS_DECAY, 0.1, 0.3),
+        bias_decay=NEGATIVE_BIAS_DECAY,
         feature_probs=(1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16),
         l1s=(0.0, 0.001, 0.003, 0.01, 0.03),
         widths=(16, 32, 64, 128, 256, 512, 1024, 2048),
@@ -77,17 +79,21 @@ SCALES = {
         task_learning_rates=(0.003, 0.01, 0.03),
         init_biases=(0.0, -0.1, -0.3, -1.0, -3.0),
         bias_decays=(0.0, 0.08, 8 * NEGATIVE_BIAS_DECAY, 0.8, 2.4),
+        bias_decay=8 * NEGATIVE_BIAS_DECAY,
         feature_probs=(1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8),
         l1s=(0.0, 0.003, 0.01, 0.03),
         widths=(32, 64, 128, 256, 512, 1024),
     ),
     "quick": Scale(
-        base=ModelSpec(n_features=16, d_embed=8, n_neurons=32, feature_prob=1 / 8, batch_size=32, steps=2**12),
+        base=ModelSpec(
+            n_features=16, d_embed=12, n_neurons=32, feature_prob=1 / 8, batch_size=128, steps=2**12, lr=0.01
+        ),
         seeds=(0, 1),
-        learning_rates=(0.003, 0.03),
-        task_learning_rates=(0.003, 0.03),
+        learning_rates=(0.01, 0.02, 0.03),
+        task_learning_rates=(0.01, 0.02, 0.03),
         init_biases=(0.0, -1.0),
-        bias_decays=(0.0, 0.3, 1.0),
+        bias_decays=(0.0, 0.1),
+        bias_decay=0.1,
         feature_probs=(1 / 8, 1 / 4),
         l1s=(0.0, 0.01),
         widths=(16, 32, 64),

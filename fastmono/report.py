@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastmono.claims import Claim, Number
+from fastmono.claims_inside import Inside, Section5
 from fastmono.files import write_bytes
 from fastmono.paper_figures import Drawing
 from fastmono.plot_style import group_models, mean_low_high, value_text, values_of, varying_fields
@@ -27,6 +28,23 @@ COLUMNS = {
     "mono_per_feature": "mono/N", "mono_per_neuron": "mono/k", "final_loss": "final loss", "mean_bias": "mean bias",
     "dead_neurons": "dead neurons",
 }  # fmt: skip
+INSIDE = {
+    "probes_1": "features with 1 neuron", "probes_2": "with 2", "probes_more": "with more",
+    "single_beside_threshold": "1: threshold", "single_optimal_beside_threshold": "1: best threshold",
+    "single_beside_gain": "1: gain", "single_optimal_beside_gain": "1: best gain",
+    "pair_auc_single": "2: AUC of the better", "pair_auc": "2: AUC of both",
+    "pair_slope_between": "2: slope between", "pair_slope_beyond": "2: slope beyond",
+    "tangent_identity_distance": "others: distance, at rest", "fit_identity_distance": "others: distance, fitted",
+    "low_poly": "others: low slope", "low_mono": "monosemantic: low slope",
+    "linear_share_served": "others: linear share", "kinks_poly_visible": "others: visible kinks",
+    "loss": "loss", "loss_fit": "loss, others as a map", "loss_removed": "loss without others",
+}  # fmt: skip
+INSIDE_ABOUT = (
+    "Models with a negative initial bias; of each model the median over features, and of those the mean [lowest, "
+    "highest] over seeds. 1: features with one monosemantic neuron, beside the rest of the model. 2: features with two."
+    " Others: the polysemantic neurons. `python scripts/interpret.py RUN --model I` takes any model apart; "
+    "`fastmono/interpret.py` and the modules it names define every number."
+)
 CLAIM_COLUMNS = ("claim", "number", "seed", "value", "passes_when", "threshold", "number_verdict", "claim_verdict")
 
 
@@ -110,14 +128,32 @@ def _about(run: Run, scale: str) -> str:
     return "\n\n".join(lines)
 
 
+def inside_table(found: Section5) -> str:
+    """What is found inside the models, a row for each learning rate and width: mean [lowest, highest] over seeds."""
+    groups: dict[tuple[float, int], list[Inside]] = {}
+    for spec, inside in (found.inside | found.further).items():
+        groups.setdefault((spec.lr, spec.n_neurons), []).append(inside)
+    rows: list[list[object]] = []
+    for (lr, k), insides in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0])):
+        numbers = ([math.nan if (x := inside.numbers[name]) is None else x for inside in insides] for name in INSIDE)
+        rows.append([value_text(lr), k, len(insides), *map(spread, numbers)])
+    return table(["lr", "k", "models", *INSIDE.values()], rows)
+
+
 def write_report(
-    folder: Path, scale: str, run: Run, claims: Sequence[Claim], drawings: Mapping[str, Sequence[Drawing]]
+    folder: Path,
+    scale: str,
+    run: Run,
+    claims: Sequence[Claim],
+    drawings: Mapping[str, Sequence[Drawing]],
+    inside: Section5 | None = None,
 ) -> Path:
     """Write report.md and claims.csv into a folder, and return the path of the report.
 
     Args:
-        drawings: the figures of each sweep by its name, drawn before or now, and under "" those of the claims. A sweep
-            without figures has no section.
+        drawings: the figures of each sweep by its name, drawn before or now, under "claims" those of the claims, and
+            under "inside" those of section 5. A sweep without figures has no section.
+        inside: what was found inside the models.
     """
     decided = [claim.verdict for claim in claims]
     parts = [
@@ -135,10 +171,13 @@ def write_report(
     ]  # fmt: skip
     if notes := [f"- Claim {claim.name}: {note}." for claim in claims for note in claim.notes]:
         parts += ["Left out of what was measured:", "\n".join(notes)]
-    parts += _figures(drawings.get("", ()))
+    parts += _figures(drawings.get("claims", ()))
     for sweep in SWEEPS.values():
         if drawings.get(sweep.name):
             parts += [f"## {sweep.title}", *_figures(drawings[sweep.name]), *_results(sweep, scale, run)]
+    if inside is not None and inside.inside:
+        parts += ["## Inside the models (section 5)", *_figures(drawings.get("inside", ())), INSIDE_ABOUT]
+        parts.append(inside_table(inside))
     path = folder / "report.md"
     write_bytes(path, ("\n\n".join(part.strip() for part in parts) + "\n").encode())
     write_claims(folder / "claims.csv", claims)

@@ -29,7 +29,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     [
         (["--scale", "full"], 222),
         ([], 207),
-        (["--quick"], 60),
+        (["--quick"], 74),
         (["--only", "width"], 36),
         (["--only", "l1", "task"], 63),
     ],
@@ -72,9 +72,9 @@ def test_sweeps_share_models_and_what_is_done_is_not_trained_again(capsys, monke
     before = dict(zip(fm.load_run("run").specs, fm.load_run("run").table, strict=True))
     capsys.readouterr()
     assert main(["--quick", "--only", "lr-zero-bias", "--out", "run"]) == 0
-    assert "4 models,    2 to train" in capsys.readouterr().out
+    assert "6 models,    4 to train" in capsys.readouterr().out
     run = fm.load_run("run")
-    assert len(run) == 6 and {row["status"] for row in run.table} == {"done"}
+    assert len(run) == 8 and {row["status"] for row in run.table} == {"done"}
     for spec, row in before.items():  # nothing of them has changed
         assert run.table[run.specs.index(spec)] == pytest.approx(row, nan_ok=True)
     second = Path("run/report.md").read_text()
@@ -146,4 +146,4 @@ def test_a_part_of_a_run_is_that_part_of_its_results():
 def test_the_whole_paper_at_its_quickest(capsys):
     assert main(["--quick", "--out", "run"]) == 0
     text = Path("run/report.md").read_text()
-    assert all(sweep.title in text for sweep in SWEEPS.values()) and "60 done" in text
+    assert all(sweep.title in text for sweep in SWEEPS.values()) and "74 done" in text and "Inside the models" in text

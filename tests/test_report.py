@@ -70,12 +70,12 @@ def test_claims_table_gives_each_number_with_its_spread_threshold_and_verdict():
 
 
 def test_the_report_shows_each_sweep_in_the_order_of_the_paper_with_figures_that_exist(run, tmp_path):
-    drawings = {"": list(paper_figures.claim_figures("quick", run))}
+    drawings = {"claims": list(paper_figures.claim_figures("quick", run))}
     for name in ("width", "lr-zero-bias", "task"):
         drawings[name] = list(paper_figures.sweep_figures(SWEEPS[name], "quick", run))
         for drawing in drawings[name]:
             drawing.save(tmp_path / "figures")
-    drawings[""] = [drawing for drawing in drawings[""] if drawing.path(tmp_path / "figures").exists()]
+    drawings["claims"] = [drawing for drawing in drawings["claims"] if drawing.path(tmp_path / "figures").exists()]
     path = report.write_report(tmp_path, "quick", run, claims_of(run, "quick"), drawings)
     text = path.read_text()
     titles = [SWEEPS[name].title for name in ("lr-zero-bias", "width", "task")]
