@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from fastmono.spec import ACTIVATIONS, TASKS, Grid, ModelSpec
+from fastmono.spec import ACTIVATIONS, BIAS_DECAY_MODES, TASKS, Grid, ModelSpec
 
 PUBLISHED_LEARNING_RATES = (0.001, 0.003, 0.005, 0.007, 0.01, 0.03)
 NEGATIVE_BIAS, NEGATIVE_BIAS_DECAY = -1.0, 0.03
@@ -51,6 +51,10 @@ class Scale:
         bias = {"init_bias": NEGATIVE_BIAS, "bias_decay": self.bias_decay}
         both = {"zero": self.base, "negative": self.base.replace(**bias)}
         return tuple(both[name] for name in which or both)
+
+    def ranks(self) -> tuple[int, ...]:
+        """Of the linear path: none, a quarter, half and all of the embedding's dimensions."""
+        return 0, self.base.d_embed // 4, self.base.d_embed // 2, self.base.d_embed
 
     def batch_of(self, n_neurons: int) -> int:
         """B of a layer of k neurons: log2 B = log2(k B of the base) - ceil(log2 k) (recipe fact 1)."""
@@ -169,9 +173,13 @@ SWEEPS: dict[str, Sweep] = {
               lambda s: _union(Grid(base, activation=ACTIVATIONS) for base in s.starts())),
         Sweep("task", "task", "The three tasks, zero and negative initial bias",
               lambda s: _union(Grid(base, task=TASKS, lr=s.task_learning_rates) for base in s.starts())),
+        Sweep("linear-path", "linear_path", "A linear path of rank r beside the neurons, either initial bias (ours)",
+              lambda s: _union(Grid(base, linear_path=s.ranks()) for base in s.starts())),
+        Sweep("bias-decay-mode", "bias_decay_mode", "What the decay of a bias follows, negative initial bias (ours)",
+              lambda s: Grid(s.starts("negative")[0], bias_decay_mode=BIAS_DECAY_MODES, lr=s.task_learning_rates)),
     )
 }  # fmt: skip
-"""In the order of the paper."""
+"""In the order of the paper, and then what it left open."""
 
 
 def _published(base: ModelSpec) -> Grid:

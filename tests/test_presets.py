@@ -78,6 +78,14 @@ def test_widths_run_from_16_to_2048_and_tasks_and_nonlinearities_are_all_there()
 
 
 @pytest.mark.parametrize("scale", SCALES)
+def test_the_linear_path_goes_from_none_to_all_of_the_embedding_and_every_mode_of_decay_is_there(scale):
+    m = SCALES[scale].base.d_embed
+    assert values(f"linear-path-{scale}", "linear_path") == [0, m // 4, m // 2, m]
+    assert values(f"bias-decay-mode-{scale}", "bias_decay_mode") == ["global", "per_neuron", "rate"]
+    assert values(f"bias-decay-mode-{scale}", "init_bias") == [-1.0]
+
+
+@pytest.mark.parametrize("scale", SCALES)
 def test_every_sweep_varies_its_field_and_holds_a_standard_model_of_every_seed(scale):
     standard = {spec.replace(seed=seed) for spec in SCALES[scale].starts() for seed in SCALES[scale].seeds}
     for sweep in SWEEPS.values():
