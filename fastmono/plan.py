@@ -141,8 +141,10 @@ def model_bytes(spec: ModelSpec) -> int:
 def block_bytes(specs: Iterable[ModelSpec], engine: str) -> int:
     """Memory that training a block takes, beyond the process itself."""
     specs = list(specs)
+    streams = len({stream_key(s) for s in specs})
+    # The largest of all: the widest need not be it, where models have other probabilities or paths of the CPU engine.
+    workspace = max(engine_class(engine).workspace_bytes(spec, streams) for spec in specs)
     spec = max(specs, key=lambda s: s.n_neurons + s.linear_path)
-    workspace = engine_class(engine).workspace_bytes(spec, len({stream_key(s) for s in specs}))
     held_out = 4 * min(EVALUATION_SAMPLES * spec.n_features, 2**24) + 2**22
     rows = max(spec.n_neurons, spec.linear_path)
     drawing = 8 * max(5 * spec.n_features * spec.d_embed, 8 * rows * max(spec.d_embed, spec.d_output))

@@ -78,7 +78,7 @@ def _logged(directory: RunDirectory, paths: set[str]) -> tuple[dict[str, tuple[T
     return found, vanished
 
 
-def _counted(old: Mapping[str, str]) -> dict[str, Any]:
+def counted(old: Mapping[str, str]) -> dict[str, Any]:
     """What a row of telemetry.csv adds to. `ValueError` where one of its numbers is none."""
     counts = {name: int(old[name]) for name in ("sessions", "model_steps")}
     amounts = {"seconds": float(old["seconds"]), "joules": float(old["joules"]) if old["joules"] else None}
@@ -104,7 +104,7 @@ class Telemetry:
             row: dict[str, Any] = dict.fromkeys(TELEMETRY)
             row |= {"sessions": 0, "seconds": 0.0, "model_steps": 0}
             with suppress(KeyError, ValueError):
-                row |= _counted(earlier[name])
+                row |= counted(earlier[name])
             self.rows[name] = row | {"model": i, "hash": name}
 
     def started(self, models: Sequence[str], worker: int, device: str) -> None:

@@ -16,7 +16,7 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from fastmono.command_line import (
 )
 from fastmono.engines import has_gpu
 from fastmono.plan import Plan
+from fastmono.planner import describe, describe_here, estimate, parse_cluster, rates
 from fastmono.presets import PRESET_NAMES
 from fastmono.progress import duration
 from fastmono.spec import CHOICES, FIELDS, REAL_NUMBERS, WHOLE_NUMBERS
@@ -81,6 +82,10 @@ def make_parser() -> Parser:
     run.add_argument("--no-resume", action="store_true", help="discard what the directory holds of an earlier run")
     run.add_argument("--no-plots", action="store_true", help="draw no figures")
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    devices = ", ".join(rates())
+    run.add_argument(
+        "--plan", metavar="DEVICES", help=f"print what it would take on h100:64, cpu:32, ... ({devices}), and stop"
+    )
     return parser
 
 
@@ -113,7 +118,12 @@ def print_plan(console: Console, plan: Plan, out: str) -> None:
         "disk": f"{gib(plan.disk)} (checkpoints kept: {options.checkpoints})",
         "directory": out,
     }
-    for title, text in rows.items():
+    print_rows(console, [*rows.items(), *describe_here(plan, out)])
+
+
+def print_rows(console: Console, rows: Iterable[tuple[str, str]]) -> None:
+    """Titles and texts."""
+    for title, text in rows:
         console.print(f"  {title:15s} {text}")
 
 
@@ -177,6 +187,10 @@ def run_command(argv: list[str], errors: Console) -> int:
     }
     console = plain_console()
     with warnings_shown(console) as failures:
+        if arguments.plan is not None:
+            told = (arguments.precision, arguments.checkpoints, not arguments.no_resume)
+            print_rows(console, describe(estimate(grid, out, parse_cluster(arguments.plan), *told)))
+            return 0
         print_plan(console, fm.plan_run(grid, **settings), out)
         if arguments.dry_run:
             return 0
