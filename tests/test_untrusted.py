@@ -92,6 +92,34 @@ def test_a_tensor_file_whose_header_claims_what_is_not_so_is_named(trick, file, 
     assert file.split("/")[1].rstrip("*") in (sample.read(kind, text.encode()) or "")
 
 
+LACKS = ["schema", "kind", "step", "models", "projection", "diverged_step", "crc32"]
+
+
+@pytest.mark.parametrize("file", [name for name in READERS if "checkpoints" in name])
+@pytest.mark.parametrize("name", LACKS)
+def test_a_tensor_file_whose_header_lacks_a_name_is_named(name, file, sample):
+    kind = (file, READERS[file], "header")
+    header = json.loads(sample.part(kind))
+    del header[name]
+    assert file.split("/")[1].rstrip("*") in (sample.read(kind, json.dumps(header).encode()) or "")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "5", "[]", "{", '{"crc32": 5}', '{"crc32": {}, "measures": 5}', "{} {}", "[" * 10_000]
+)
+@pytest.mark.parametrize("file", [name for name in READERS if name.endswith(("*", "tensors"))])
+def test_a_tensor_file_whose_header_is_no_header_is_named(text, file, sample):
+    kind = (file, READERS[file], "header")
+    assert file.split("/")[-1].rstrip("*") in (sample.read(kind, text.encode()) or "")
+
+
+def test_a_state_that_has_not_logged_what_its_step_has_is_named(sample):
+    kind = ("checkpoints/state-*", resume, "header")
+    header = json.loads(sample.part(kind))
+    assert header["step"] == 18  # whose losses are those after 1, 17 and 18 steps
+    assert "does not fit its models: losses is [2, 3]" in sample.read(kind, json.dumps({**header, "step": 16}).encode())
+
+
 def test_a_tensor_file_of_another_shape_is_refused_before_it_is_read(sample, monkeypatch):
     path = sample.file("checkpoints/state-*")
     tensors, header = TensorFile(path).read_all(), TensorFile(path).header
