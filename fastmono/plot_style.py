@@ -40,6 +40,8 @@ MOST_ENTRIES = 8  # values told apart in a legend; more numbers get a colour bar
 ORDER = tuple(dict.fromkeys(("lr", "init_bias", "n_neurons", "l1", "bias_decay", *FIELDS)))
 CAPTION = ("task", "activation", "n_features", "d_embed", "n_neurons", "feature_prob", "batch_size", "steps")
 LABELS = {
+    "bias_decay": "bias decay (bias_decay)", "feature_prob": "probability of a feature (feature_prob)",
+    "l1": "L1 penalty (l1)", "linear_path": "rank of the linear path (linear_path)",
     "lr": "learning rate (lr)", "init_bias": "offset of the initial bias (init_bias)", "n_neurons": "neurons k",
     "mono_per_feature": "monosemantic neurons / features (count / N)", "mean_bias": "mean bias over neurons",
     "mono_per_neuron": "monosemantic neurons / neurons (count / k)", "n_features": "features N",

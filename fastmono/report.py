@@ -82,7 +82,8 @@ def claims_table(claims: Iterable[Claim]) -> str:
     rows: list[list[object]] = []
     for claim in claims:
         for i, number in enumerate(claim.numbers or (None,)):
-            first = [claim.name, claim.text, f"**{claim.verdict}**"] if i == 0 else ["", "", ""]
+            verdict = f"**{claim.verdict}**" + (", of what is not left out" if claim.notes else "")
+            first = [claim.name, claim.text, verdict] if i == 0 else ["", "", ""]
             measured = [""] * 4
             if number is not None:
                 measured = [number.what, spread(number.by_seed.values()), _wanted(number), number.verdict]

@@ -27,9 +27,9 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "models"),
     [
-        (["--scale", "full"], 222),
-        ([], 207),
-        (["--quick"], 74),
+        (["--scale", "full"], 258),
+        ([], 243),
+        (["--quick"], 98),
         (["--only", "width"], 36),
         (["--only", "l1", "task"], 63),
     ],

@@ -62,11 +62,16 @@ def test_widths_stand_in_numerical_order(run):
 
 def test_claims_table_gives_each_number_with_its_spread_threshold_and_verdict():
     one = Number("a | b", {0: 0.25, 1: 0.75}, 0.5)
-    claims = [Claim("1", "One.", (one, Number("c", {0: -1.0, 1: -1.0}, -0.5, at_least=False))), Claim("2", "Two.", ())]
+    claims = [
+        Claim("1", "One.", (one, Number("c", {0: -1.0, 1: -1.0}, -0.5, at_least=False))),
+        Claim("2", "Two.", (one,), ("left out, diverged: lr 1",)),
+    ]
     rows = rows_of(report.claims_table(claims).replace("a \\| b", "a/b"))[2:]
     assert rows[0] == ["1", "One.", "**not decided**", "a/b", "0.5 [0.25, 0.75]", "≥ 0.5", "not decided"]
     assert rows[1][3:] == ["c", "\N{MINUS SIGN}1", "≤ \N{MINUS SIGN}0.5", "holds"]
-    assert rows[2][:3] == ["2", "Two.", "**not decided**"] and all(len(row) == 7 for row in rows)
+    assert rows[2][:3] == ["2", "Two.", "**not decided**, of what is not left out"] and all(
+        len(row) == 7 for row in rows
+    )
 
 
 def test_the_report_shows_each_sweep_in_the_order_of_the_paper_with_figures_that_exist(run, tmp_path):
