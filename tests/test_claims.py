@@ -194,6 +194,13 @@ def test_claim_3_fails_where_models_of_equal_loss_are_alike_and_is_open_where_no
     assert claims.equal_loss_differs(apart, "small").verdict == OPEN
 
 
+def test_a_pair_of_equal_loss_is_of_one_seed():
+    spec = SWEEPS["lr-zero-bias"].grid("small")[0]
+    kinds = ((0, 0.0, 0.3), (1, 0.9, 0.3), (1, 0.5, 0.301), (1, 0.1, 0.4))
+    results = [claims.Result(i, spec.replace(seed=seed), mono, loss, 0.0) for i, (seed, mono, loss) in enumerate(kinds)]
+    assert [result.mono for result in claims.equal_loss_pair(results)] == [0.5, 0.9]
+
+
 # claim 4
 
 
@@ -201,6 +208,7 @@ def test_claim_3_fails_where_models_of_equal_loss_are_alike_and_is_open_where_no
     ("bias", "found"),
     [
         (lambda s: -10 * s.lr, [HOLDS, HOLDS, HOLDS]),
+        (lambda s: 10 * s.lr - 0.4 if s.init_bias else -10 * s.lr, [HOLDS, HOLDS, HOLDS]),  # zero bias alone is ranked
         (lambda s: -0.3 * s.lr, [HOLDS, FAILS, HOLDS]),
         (lambda s: 10 * s.lr, [FAILS, OPEN, OPEN]),  # on for every feature: no neuron is monosemantic
         (lambda s: -100 * s.lr, [HOLDS, HOLDS, FAILS]),
@@ -224,7 +232,8 @@ def test_bias_of_the_monosemantic_leaves_the_other_neurons_out():
 
 
 def test_claim_5_looks_beyond_as_many_neurons_as_features():
-    grows = made_up(["width"], lambda s: math.log2(s.n_neurons) / 10)
+    # with zero bias, which does not count here, the other way round
+    grows = made_up(["width"], lambda s: math.log2(s.n_neurons) / 10 if s.init_bias else 1 / s.n_neurons)
     claim = claims.wider_is_more_monosemantic(grows, "small")
     assert claim.verdict == HOLDS and claim.numbers[1].by_seed[1] == pytest.approx(math.log2(1024 / 128) / 10)
     bounded = made_up(["width"], lambda s: min(s.n_neurons, 128) / 128 + s.n_neurons / 1e6)
