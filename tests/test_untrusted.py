@@ -9,7 +9,7 @@ import torch
 from loaders import GRID, HASHES, Sample, complaints, load, lock, resume, telemetry
 
 from benchmarks import markdown
-from fastmono.files import BadFile, TensorFile, printable, write_tensors
+from fastmono.files import BadFile, TensorFile, printable, read_json, write_tensors
 from fastmono.rows import read_csv, write_csv
 from fastmono.store import RunDirectory
 from fastmono.tables import Telemetry
@@ -62,6 +62,13 @@ def test_a_grid_file_with_a_trick_is_refused_by_name_in_one_printable_line(trick
     assert GRIDS[trick](text) != text
     for reader in (load, resume):
         assert "grid.json: " in sample.read(("grid.json", reader, "whole"), GRIDS[trick](text))
+
+
+@pytest.mark.parametrize("text", ['{"a": NaN}', "[Infinity]", "[-Infinity]", '{"a": 1, "b": {"c": 1, "c": 2}}', "\\ufeff{}"])
+def test_json_that_is_more_than_json_is_refused(text, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(BadFile, match=r"x\.json: is not valid JSON"):
+        read_json(tmp_path / "x.json")
 
 
 HEADERS = {
