@@ -66,12 +66,10 @@ def job(flags: list[str]) -> dict[str, float]:
             peak = max(peak, memory(process.pid))
             time.sleep(0.25)
         seconds = time.perf_counter() - started
-        log = (Path(folder) / "run" / "run.log").read_text()
-    session = re.search(r"^(\S+ \S+) .*first step after ([\d.]+) s", log, re.M)
-    assert process.returncode == 0 and session
-    first = datetime.strptime(session[1], "%Y-%m-%d %H:%M:%S").timestamp() - began
-    # The log's clock has whole seconds: up to one more than this may have passed.
-    return {"seconds": seconds, "first_step_at_most": first + 1, "peak_MiB": peak / 2**20}
+        events = [json.loads(line) for line in (Path(folder) / "run" / "events.jsonl").read_text().splitlines()]
+    assert process.returncode == 0
+    first = next(datetime.fromisoformat(event["time"]).timestamp() for event in events if event["kind"] == "first step")
+    return {"seconds": seconds, "first_step_at_most": first - began, "peak_MiB": peak / 2**20}
 
 
 def importing() -> float:

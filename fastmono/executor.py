@@ -1,35 +1,41 @@
-"""Runs a plan's shards: in this process when there is one, else in a worker process each.
+"""Has a plan's shards trained: hands them to a pool, listens, and decides what to do about those that crash.
 
-Driver and worker speak JSON lines: the job goes to the worker's standard input, events come back on its standard
-output. The input stays open: "stop" on it asks for a saved state, and its end means that the driver is gone.
+A pool is where shards are trained: this process (`InProcess`), worker processes (processes.py), or the tasks of a Ray
+cluster (on_ray.py). It starts one shard in each of its slots, and passes on what is heard of them. Everything else is
+the same for all: the order, retries, halving, stopping.
+
+A shard that crashes is tried again from its newest states. One that has crashed `TRIES` times without any progress in
+between is halved, and each half tried as often, until it is known which model it is: that one is given up, and all
+others are trained. An exception inside the training of a block is not a crash: it would only happen again. But a file
+that was damaged or gone is: the next try uses an older state.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
-import os
-import queue
 import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import FrameType
-from typing import IO, Any
+from typing import Protocol
 
 from fastmono.block import single_thread
-from fastmono.spec import ModelSpec
-from fastmono.store import RunDirectory, Saved
-from fastmono.trainer import BlockJob, Event, Options, describe_failure, train_blocks
+from fastmono.shards import Shard, describe
+from fastmono.store import RunDirectory
+from fastmono.trainer import Event, Options, describe_failure, train_blocks
 
+TRIES = 3
+"""Crashes in a row, without progress, after which a shard is halved, or its single model given up."""
+CRASHES_IN_A_ROW = 30
+"""After so many crashes of any shards without progress of any, the fault is not a model's: the run ends."""
 STOP_SECONDS = 30.0
 """How long workers may take to save their state when told to stop."""
+
+Hear = Callable[[int, Event], None]
 
 
 class Stop:
@@ -61,31 +67,32 @@ class Stop:
                 signal.signal(number, handler)
 
 
-def encode_job(directory: RunDirectory, jobs: Sequence[BlockJob], options: Options) -> str:
-    """A worker's task as one line of JSON."""
-    blocks = [
-        {
-            "specs": [spec.to_dict() for spec in job.specs],
-            "hashes": job.hashes,
-            "saved": [None if saved is None else dataclasses.asdict(saved) for saved in job.saved],
-        }
-        for job in jobs
-    ]
-    return json.dumps({"out": str(directory.path.absolute()), "options": dataclasses.asdict(options), "blocks": blocks})
+class Pool(Protocol):
+    """Where shards are trained."""
 
+    @property
+    def slots(self) -> int:
+        """How many are trained at a time; may grow and shrink."""
+        ...
 
-def decode_job(line: str) -> tuple[RunDirectory, list[BlockJob], Options]:
-    """Inverse of `encode_job`."""
-    job = json.loads(line)
-    blocks = [
-        BlockJob(
-            tuple(ModelSpec.from_dict(spec) for spec in block["specs"]),
-            tuple(block["hashes"]),
-            tuple(None if saved is None else Saved(**saved) for saved in block["saved"]),
-        )
-        for block in job["blocks"]
-    ]
-    return RunDirectory(job["out"]), blocks, Options(**job["options"])
+    def start(self, slot: int, shard: Shard) -> None:
+        """Begin to train a shard in a slot that is free."""
+        ...
+
+    def wait(self, hear: Hear, seconds: float) -> None:
+        """Pass on what happens, `hear(slot, event)`, for about so long at most.
+
+        Events are the trainer's, and one that ends the shard: "finished", or "crashed" (text: what is known of it).
+        """
+        ...
+
+    def ask_to_stop(self) -> None:
+        """Have every shard that is being trained save its state and finish."""
+        ...
+
+    def close(self) -> None:
+        """End whatever is still running, at once."""
+        ...
 
 
 class _ListenerError(BaseException):
@@ -95,134 +102,169 @@ class _ListenerError(BaseException):
         self.cause = cause
 
 
-def _report(listener: Callable[[int, Event], None], event: Event) -> None:
-    try:
-        listener(0, event)
-    except BaseException as error:
-        raise _ListenerError(error) from error
+class InProcess:
+    """Trains in this process, one shard after another."""
 
+    slots = 1
 
-def execute(
-    directory: RunDirectory,
-    shards: Sequence[Sequence[BlockJob]],
-    options: Options,
-    listener: Callable[[int, Event], None],
-    stop: Stop,
-    lock_descriptor: int,
-) -> None:
-    """Train every shard. `listener(worker, event)` hears of everything, in this thread; kinds besides the trainer's:
-    finished (whole: whether all of its blocks reached their end), failed (text: what ended the worker), idle.
+    def __init__(self, directory: RunDirectory, options: Options, stop: Stop) -> None:
+        self.directory, self.options, self.stop = directory, options, stop
+        self.shard: Shard | None = None
 
-    Returns when every shard has finished, failed or stopped. An exception of the listener stops the workers, after
-    they have saved their state, and is raised.
-    """
-    if len(shards) == 1:
+    def start(self, slot: int, shard: Shard) -> None:
+        """Keep the shard for `wait`."""
+        self.shard = shard
+
+    def wait(self, hear: Hear, seconds: float) -> None:
+        """Train the shard to its end."""
+        if self.shard is None:
+            return
+        jobs, self.shard = self.shard.jobs, None
         try:
             with single_thread():
-                whole = train_blocks(directory, shards[0], options, functools.partial(_report, listener), stop)
+                train_blocks(self.directory, jobs, self.options, functools.partial(self._report, hear), self.stop)
         except _ListenerError as error:
             raise error.cause from None
         except Exception as error:
-            listener(0, {"kind": "failed", "text": describe_failure(error)})
+            hear(0, {"kind": "crashed", "text": describe_failure(error)})
         else:
-            listener(0, {"kind": "finished", "whole": whole})
-    elif shards:
-        _Workers(directory, shards, options, lock_descriptor).run(listener, stop)
-
-
-class _Workers:
-    def __init__(
-        self, directory: RunDirectory, shards: Sequence[Sequence[BlockJob]], options: Options, lock_descriptor: int
-    ) -> None:
-        self.events: queue.Queue[tuple[int, Event]] = queue.Queue()
-        self.errors: list[IO[bytes]] = []
-        self.processes: list[subprocess.Popen[str]] = []
-        package = str(Path(__file__).resolve().parent.parent)
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",  # a thread pool a worker would fight with the other workers
-            "MKL_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), package))),
-        }
-        for jobs in shards:
-            errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
-            process = subprocess.Popen(
-                [sys.executable, "-m", "fastmono.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=environment,
-                start_new_session=True,  # Ctrl-C reaches the driver alone, which asks the workers to save
-                pass_fds=[lock_descriptor] if os.name == "posix" else [],
-            )
-            self.errors.append(errors)
-            self.processes.append(process)
-            self._send(process, encode_job(directory, jobs, options))
-        self.listeners = [
-            threading.Thread(target=self._listen, args=item, daemon=True) for item in enumerate(self.processes)
-        ]
-        for listener in self.listeners:
-            listener.start()
+            hear(0, {"kind": "finished"})
 
     @staticmethod
-    def _send(process: subprocess.Popen[str], line: str) -> None:
-        assert process.stdin is not None
-        with suppress(OSError):  # a worker that has died is noticed where its events end
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-
-    def _listen(self, worker: int, process: subprocess.Popen[str]) -> None:
-        """One thread a worker: passes its events on, and its end."""
-        assert process.stdout is not None
-        ended = False
-        for line in process.stdout:
-            with suppress(ValueError):
-                event: Any = json.loads(line)
-                if isinstance(event, dict):
-                    ended = ended or event.get("kind") in ("finished", "failed")
-                    self.events.put((worker, event))
-        code = process.wait()
-        if not ended:
-            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            self.errors[worker].seek(0)
-            said = self.errors[worker].read()[-4000:].decode(errors="replace").strip()
-            self.events.put((worker, {"kind": "failed", "text": f"worker {worker} died ({how})\n{said}".strip()}))
-
-    def run(self, listener: Callable[[int, Event], None], stop: Stop) -> None:
-        running, deadline = set(range(len(self.processes))), None
+    def _report(hear: Hear, event: Event) -> None:
         try:
-            while running:
-                try:
-                    worker, event = self.events.get(timeout=0.2)
-                except queue.Empty:
-                    worker, event = -1, {"kind": "idle"}
-                if event["kind"] in ("finished", "failed"):
-                    running.discard(worker)
-                listener(worker, event)
-                if stop.requested and deadline is None:
+            hear(0, event)
+        except BaseException as error:
+            raise _ListenerError(error) from error
+
+    def ask_to_stop(self) -> None:
+        """Nothing to do: the trainer asks `stop` itself."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+@dataclass
+class _Attempt:
+    """A shard that is being trained, and what was heard of it."""
+
+    shard: Shard
+    flops: int = 0
+    model_steps: int = 0
+    again: list[str] = field(default_factory=list)
+    """Models whose block failed in a way that may pass."""
+    text: str = ""
+
+
+class Dispatcher:
+    """Trains every shard in a pool, the longest first.
+
+    Args:
+        listener: hears of everything as `listener(worker, event)`, in this thread. Kinds besides the trainer's: shard
+            (one is begun), retry (models, tries, and the flops and model_steps that are to be done again), finished,
+            idle (shards: those that are left).
+    """
+
+    def __init__(
+        self, directory: RunDirectory, shards: Sequence[Shard], pool: Pool, listener: Hear, stop: Stop
+    ) -> None:
+        self.directory, self.pool, self.listener, self.stop = directory, pool, listener, stop
+        self.queue = deque(sorted(shards, key=lambda shard: -shard.seconds))
+        self.running: dict[int, _Attempt] = {}
+        self.crashes: Counter[str] = Counter()
+        self.crashes_in_a_row = 0
+
+    def run(self) -> None:
+        """Returns when every shard has finished, failed or stopped. An exception of the listener stops the workers,
+        after they have saved their state, and is raised.
+        """
+        deadline = None
+        try:
+            while self.running or (self.queue and not self.stop.requested):
+                self._fill()
+                self.pool.wait(self._hear, 0.2)
+                self.listener(-1, {"kind": "idle", "shards": len(self.queue) + len(self.running)})
+                if self.stop.requested and deadline is None:
                     deadline = time.monotonic() + STOP_SECONDS
-                    for process in self.processes:
-                        self._send(process, "stop")
+                    self.pool.ask_to_stop()
                 if deadline is not None and time.monotonic() > deadline:
                     break
         except BaseException:
-            for process in self.processes:
-                self._send(process, "stop")
-            for process in self.processes:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(STOP_SECONDS)
+            self._drain()
             raise
         finally:
-            for process, errors, thread in zip(self.processes, self.errors, self.listeners, strict=True):
-                if process.poll() is None:
-                    with suppress(subprocess.TimeoutExpired):
-                        process.wait(2.0)
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
-                thread.join()
-                for pipe in (process.stdin, process.stdout, errors):
-                    assert pipe is not None
-                    with suppress(OSError):
-                        pipe.close()
+            self.pool.close()
+
+    def _fill(self) -> None:
+        for slot in range(self.pool.slots):
+            if slot not in self.running and self.queue and not self.stop.requested:
+                shard = self.queue.popleft()
+                self.running[slot] = _Attempt(shard)
+                self.listener(slot, {"kind": "shard", **describe(shard), "waiting": len(self.queue)})
+                self.pool.start(slot, shard)
+
+    def _drain(self) -> None:
+        """Let what is running save its state, unheard."""
+
+        def hear(slot: int, event: Event) -> None:
+            if event["kind"] in ("finished", "crashed"):
+                self.running.pop(slot, None)
+
+        self.pool.ask_to_stop()
+        deadline = time.monotonic() + STOP_SECONDS
+        while self.running and not isinstance(self.pool, InProcess) and time.monotonic() < deadline:
+            self.pool.wait(hear, 0.2)
+
+    def _hear(self, slot: int, event: Event) -> None:
+        kind, attempt = event["kind"], self.running.get(slot)
+        if attempt is None:  # a worker that died while it had nothing to do
+            return
+        if kind == "progress":
+            attempt.flops += event["flops"]
+            attempt.model_steps += event["model_steps"]
+        if kind == "crashed":
+            self._retry(slot, attempt, attempt.shard.hashes, event["text"])
+        elif kind == "block failed" and event.get("again"):
+            attempt.again += event["models"]
+            attempt.text = event["text"]
+        elif kind == "finished" and attempt.again:
+            self._retry(slot, attempt, attempt.again, attempt.text, halve=False)
+        elif kind == "finished":
+            del self.running[slot]
+            self.crashes_in_a_row = 0
+            self.listener(slot, {"kind": "finished", "shard": attempt.shard.name})
+        else:
+            self.listener(slot, event)
+
+    def _retry(self, slot: int, attempt: _Attempt, models: Sequence[str], text: str, halve: bool = True) -> None:
+        """Put what is left of a shard back into the queue, whole or in halves, or give it up."""
+        del self.running[slot]
+        before = attempt.shard
+        shard = before.only(models, self.directory.newest_states(models))
+        if shard is None:  # all was done when it crashed
+            return
+        if shard.flops < before.flops:  # some of it was saved since
+            self.crashes[before.name] = self.crashes_in_a_row = 0
+        self.crashes[shard.name] = tries = self.crashes[before.name] + 1
+        self.crashes_in_a_row += 1
+        if self.crashes_in_a_row >= CRASHES_IN_A_ROW:
+            raise ChildProcessError(f"{CRASHES_IN_A_ROW} crashes in a row without any progress, the last: {text}")
+        halve = halve and tries >= TRIES and len(shard.hashes) > 1
+        if tries >= TRIES and not halve:
+            said = f"given up after {tries} tries: {text}"
+            self.listener(slot, {"kind": "block failed", "models": list(shard.hashes), "tries": tries, "text": said})
+            return
+        half = len(shard.hashes) // 2
+        saved = {name: state for job in shard.jobs for name, state in zip(job.hashes, job.saved, strict=True) if state}
+        parts = [shard.only(names, saved) for names in (shard.hashes[:half], shard.hashes[half:])] if halve else [shard]
+        self.queue += filter(None, parts)
+        self.listener(
+            slot,
+            {
+                "kind": "retry", "shard": shard.name, "models": list(shard.hashes), "tries": tries, "halved": halve,
+                "text": text,
+                # What was trained and not saved counts as not done.
+                "flops": shard.flops - before.flops + attempt.flops,
+                "model_steps": shard.model_steps - before.model_steps + attempt.model_steps,
+            },
+        )  # fmt: skip

@@ -11,8 +11,10 @@ before memory is taken for it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import secrets
 import socket
 import stat
 import time
@@ -91,6 +93,13 @@ def read_bytes(path: Path, most: int = LARGEST_TEXT) -> bytes:
     return data
 
 
+def read_tail(path: Path, most: int) -> bytes:
+    """The last bytes of a file, at most so many. `BadFile` when it is missing or not a regular file."""
+    with _opened(path) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - most))
+        return file.read(most)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     try:
@@ -105,7 +114,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace a file's content so that, killed at any moment, it holds all of the old or all of the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")  # machines may share the directory
     try:
         temporary.unlink(missing_ok=True)  # also where a link was put there
         with temporary.open("xb") as file:
@@ -221,7 +230,7 @@ class TensorFile:
                 yield file
         except FileNotFoundError:
             raise BadFile(self.path, "there is no such file") from None
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it went while it was being opened
             raise BadFile(self.path, f"is truncated or corrupted ({error})") from None
 
     def read(self, name: str, row: int | None = None) -> Tensor:
@@ -247,40 +256,70 @@ class TensorFile:
 
 
 class DirectoryLock:
-    """Exclusive use of a directory for as long as this process, or a child that was given `descriptor`, lives.
+    """Use of a directory for as long as this process, or a child that was given `descriptors`, lives.
 
     The operating system drops the lock with the last process that holds it, so a dead holder's lock is never in the
     way. Raises `BlockingIOError` that says who holds it.
+
+    Args:
+        part: None for exclusive use; else the name of a part of the directory's work, of which others may do other
+            parts meanwhile.
     """
 
     PATIENCE = 10.0  # seconds: the workers of a driver that was killed need a moment to notice
 
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / "lock"
-        self.descriptor = open_in_place(self.path, os.O_RDWR)
+    def __init__(self, directory: Path, part: str | None = None) -> None:
+        self.descriptors: list[int] = []
+        try:
+            self._take(directory, directory / "lock", shared=part is not None)
+            if part is not None:
+                self._take(directory, directory / f"lock-{part}", shared=False)
+        except BaseException:
+            self.release()
+            raise
+
+    def _take(self, directory: Path, path: Path, shared: bool) -> None:
+        descriptor = open_in_place(path, os.O_RDWR)
+        self.descriptors.append(descriptor)
         deadline = time.monotonic() + self.PATIENCE
-        while not _try_lock(self.descriptor):
-            holder = self._holder()
+        while not _try_lock(descriptor, shared):
+            holder = _holder(path)
             if time.monotonic() > deadline or _is_alive(holder):
-                os.close(self.descriptor)
                 who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
                 raise BlockingIOError(f"{directory} is in use by {who}; wait for it, or stop it first")
             time.sleep(0.1)
-        os.ftruncate(self.descriptor, 0)
-        os.write(self.descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-
-    def _holder(self) -> dict[str, Any]:
-        with suppress(OSError, ValueError):
-            holder = parse_json(self.path, read_bytes(self.path, 4096))
-            pid, host = (holder.get(name) if isinstance(holder, dict) else None for name in ("pid", "host"))
-            if type(pid) is int and 0 < pid < 2**31 and isinstance(host, str):
-                return {"pid": pid, "host": printable(host, 255)}
-        return {}
+        os.ftruncate(descriptor, 0)
+        if not shared:
+            os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
 
     def release(self) -> None:
-        """Let others use the directory. The file stays: whoever waits for it has it open already."""
-        os.ftruncate(self.descriptor, 0)
-        os.close(self.descriptor)
+        """Let others use the directory. The files stay: whoever waits for one has it open already."""
+        for descriptor in reversed(self.descriptors):
+            with suppress(OSError):
+                os.ftruncate(descriptor, 0)
+            os.close(descriptor)
+        self.descriptors.clear()
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        holder = parse_json(path, read_bytes(path, 4096))
+        pid, host = (holder.get(name) if isinstance(holder, dict) else None for name in ("pid", "host"))
+        if type(pid) is int and 0 < pid < 2**31 and isinstance(host, str):
+            return {"pid": pid, "host": printable(host, 255)}
+    return {}
+
+
+@contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """Wait for this process's turn at what a file stands for, and have it to itself."""
+    descriptor = open_in_place(path, os.O_RDWR)
+    try:
+        while not _try_lock(descriptor, shared=False):
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
@@ -295,16 +334,19 @@ def _is_alive(holder: dict[str, Any]) -> bool:
     return True
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, shared: bool) -> bool:
     try:
         if os.name == "posix":
             import fcntl
 
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:  # pragma: no cover
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        elif not shared:  # pragma: no cover
             import msvcrt
 
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            said = "the file system of the run directory has no file locks: mount it with them, or choose another"
+            raise OSError(error.errno, said) from None
         return False
     return True

@@ -1,7 +1,7 @@
 """What a run will do: which models are left, which worker trains which blocks, and what that takes.
 
-Models are dealt to workers in an order that keeps those of one shape and stream together, so that a batch is sampled
-once for all of them. The deal is only a schedule: no result depends on it.
+Models are dealt to shards (shards.py) in an order that keeps those of one shape and stream together, so that a batch
+is sampled once for all of them. The deal is only a schedule: no result depends on it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fastmono.engines import engine_class, mixes_widths
 from fastmono.layout import LOG_EVERY, SCHEMA
 from fastmono.metrics import EVALUATION_SAMPLES, NAMES
 from fastmono.philox import stream_key
+from fastmono.shards import Shard, array_part, cut, kin
 from fastmono.spec import Grid, ModelSpec
 from fastmono.store import KEPT_STATES, Saved, checkpoint_steps
 from fastmono.trainer import BlockJob, Options, SavedModel, jobs_by_step, keeps_checkpoint, steps_left
@@ -33,6 +34,15 @@ PROCESS_BYTES = 350 * 2**20
 """A worker with PyTorch loaded."""
 SHORT_SECONDS = 6.0
 """A run expected to be shorter than this is trained in this process: workers take seconds to start."""
+SHARD_SECONDS = 180.0
+"""What a shard of a long run should take: many times what its start takes, and little beside the run, so that workers
+end at about the same time and a slow one delays the end by minutes."""
+SAMPLING_SHARE = 0.1
+"""Of the time of a model, what drawing its batches may take because others that share them are in other shards."""
+FULL_DEVICE = 128
+"""Models that a GPU trains at once in about the time of one, where one program trains a model."""
+GPU_FLOPS = 2e14
+"""Operations a second by which GPU shards are cut, and nothing else: where a run is cut changes no result."""
 OVERHEAD_SECONDS = {"cpu": 20e-6, "reference": 150e-6}
 """What a model-step takes besides its products, and a word of the feature sampler: measured on cores of 2.5 GHz."""
 WORD_SECONDS = {"cpu": 1e-9, "reference": 12e-9}
@@ -57,6 +67,8 @@ class Machine:
     """Bytes free on the GPU, None where there is none."""
     architecture: int = 0
     """90 for sm_90; 0 where there is no GPU."""
+    devices: int = 1
+    """GPUs; 1 where there is none."""
 
 
 def cores() -> int:
@@ -95,7 +107,9 @@ def this_machine() -> Machine:
         device_memory = torch.cuda.mem_get_info()[0]
         major, minor = torch.cuda.get_device_capability()
         architecture = 10 * major + minor
-    return Machine(cores(), free_memory(), 2 * 384**3 / best, device_memory, architecture)
+    return Machine(
+        cores(), free_memory(), 2 * 384**3 / best, device_memory, architecture, max(1, torch.cuda.device_count())
+    )
 
 
 @dataclass(frozen=True)
@@ -108,8 +122,11 @@ class Plan:
     options: Options
     reason: str
     """Why this engine and precision."""
-    shards: tuple[tuple[BlockJob, ...], ...]
-    """One for each worker; a worker trains its blocks one after another."""
+    workers: int
+    """How many shards are trained at a time."""
+    shards: tuple[Shard, ...]
+    part: tuple[int, int] | None
+    """(i, n) of the i-th of n array tasks, which trains a part of the grid; None: all of it."""
     memory: int
     disk: int
     flops: int
@@ -187,67 +204,92 @@ def seconds_left(spec: ModelSpec, saved: Saved | None, engine: str, machine: Mac
     return steps * model_seconds(spec, engine, machine, sharing) + measures
 
 
+def least_together(spec: ModelSpec, engine: str, machine: Machine) -> int:
+    """How many models that share a stream a shard should hold at least.
+
+    On a GPU, so that it is full; elsewhere, so that drawing the batches takes a small share of the time.
+    """
+    if engine == "triton":
+        from fastmono.engines.launch import RESIDENT_BYTES
+
+        return FULL_DEVICE if 4 * spec.n_neurons * (spec.d_embed + spec.d_output) <= RESIDENT_BYTES else 1
+    shared = model_seconds(spec, engine, machine, 10**9)
+    return math.ceil((model_seconds(spec, engine, machine, 1) - shared) / (SAMPLING_SHARE * shared))
+
+
 def make_plan(
-    grid: Grid, options: Options, reason: str, saved: Mapping[str, Saved], workers: int | str, machine: Machine
+    grid: Grid,
+    options: Options,
+    reason: str,
+    saved: Mapping[str, Saved],
+    workers: int | str,
+    machine: Machine,
+    part: tuple[int, int] | None = None,
 ) -> Plan:
-    """Deal the models that are left to workers.
+    """Deal the models that are left to shards.
 
     Args:
         saved: the newest good state of each model that has one, by content hash.
-        workers: how many processes, or "auto": a core each, but this process alone for a run of seconds.
+        workers: how many shards at a time, or "auto": a core or a GPU each, but this process alone for a run of
+            seconds.
+        part: (i, n) for the models of array task i of n alone.
 
     Raises:
         ValueError: a model does not fit this machine's memory.
     """
     hashes = content_hashes(grid, options)
     mixes = mixes_widths(options.engine)
-    sharing = Counter((shape_class(spec, mixes), stream_key(spec)) for spec in grid)
-    cost = [
-        seconds_left(
-            spec, saved.get(name), options.engine, machine, sharing[shape_class(spec, mixes), stream_key(spec)]
-        )
-        for spec, name in zip(grid, hashes, strict=True)
-    ]
-    left = [i for i, seconds in enumerate(cost) if seconds]
-    if workers == "auto":  # a GPU is one worker's
-        workers = 1 if sum(cost) < SHORT_SECONDS or options.engine == "triton" else machine.cores
+    on_gpu = options.engine == "triton" and bool(machine.architecture)
+    kinds = [kin(spec, mixes) for spec in grid]
+    own = set(range(len(grid))) if part is None else array_part(grid, mixes, part)
+    sharing = Counter(kinds[i] for i in own)
+    cost = [0.0] * len(grid)
+    for i in own:
+        spec, state = grid[i], saved.get(hashes[i])
+        if on_gpu:  # no rate of one has been measured yet
+            cost[i] = steps_left(spec, state) * spec.flops_per_step / GPU_FLOPS
+        else:
+            cost[i] = seconds_left(spec, state, options.engine, machine, sharing[kinds[i]])
+    left = [i for i in own if cost[i]]
+    if workers == "auto":
+        short = sum(cost) < SHORT_SECONDS
+        workers = 1 if short else machine.devices if options.engine == "triton" else machine.cores
     workers = max(1, min(int(workers), len(left)))
     budget = None
     if machine.memory is not None:
         budget = int(machine.memory * MEMORY_SHARE)
         workers = _fitting_workers([grid[i] for i in left], options.engine, workers, budget)
         budget = budget // workers - PROCESS_BYTES
-
-    def place(i: int) -> tuple[object, ...]:  # where a block mixes widths, those of one stand together
-        spec = grid[i]
-        return repr(shape_class(spec, mixes)), spec.n_neurons, spec.linear_path, spec.steps, repr(stream_key(spec)), i
-
-    order = sorted(range(len(grid)), key=place)
-    members: list[list[int]] = [[] for _ in range(workers)]
-    before, total = 0.0, sum(cost) or 1.0
-    for i in order:  # by the middle of its cost, so that small differences do not move a model to another worker
-        members[min(workers - 1, int(workers * (before + cost[i] / 2) / total))].append(i)
-        before += cost[i]
-    shards = [
-        _blocks([(grid[i], hashes[i], saved.get(hashes[i])) for i in shard], options, budget, machine)
-        for shard in members
-    ]
-    shards = [shard for shard in shards if shard]
-    pending = [(spec, saved.get(name)) for spec, name in zip(grid, hashes, strict=True)]
+    order = sorted(own, key=lambda i: (kinds[i], i))  # a model that has diverged stays in its block
+    members = cut(
+        [cost[i] for i in order],
+        [kinds[i] for i in order],
+        [least_together(grid[i], options.engine, machine) for i in order],
+        workers,
+        SHARD_SECONDS if workers > 1 else math.inf,  # one worker gains nothing by many shards
+    )
+    shards = []
+    for which in members:
+        models = [order[i] for i in which]
+        jobs = _blocks([(grid[i], hashes[i], saved.get(hashes[i])) for i in models], options, budget, machine)
+        if jobs:
+            memory = max(block_bytes(job.specs, options.engine) for job in jobs)
+            shards.append(Shard(jobs, memory, sum(cost[i] for i in models)))
+    pending = [(grid[i], saved.get(hashes[i])) for i in left]
     return Plan(
         grid=grid,
         hashes=hashes,
         saved=saved,
         options=options,
         reason=reason,
+        workers=min(workers, len(shards)),
         shards=tuple(shards),
-        memory=sum(PROCESS_BYTES + max(block_bytes(job.specs, options.engine) for job in shard) for shard in shards),
-        disk=sum(disk_bytes(spec, options.checkpoints) for spec, state in pending if steps_left(spec, state)),
-        flops=sum(steps_left(spec, state) * spec.flops_per_step for spec, state in pending),
-        model_steps=sum(steps_left(spec, state) for spec, state in pending),
-        seconds=math.nan  # no rate of a GPU has been measured yet
-        if machine.architecture and options.engine == "triton"
-        else max((sum(cost[i] for i in shard) for shard in members), default=0.0),
+        part=part,
+        memory=sum(PROCESS_BYTES + size for size in sorted((shard.memory for shard in shards), reverse=True)[:workers]),
+        disk=sum(disk_bytes(spec, options.checkpoints) for spec, _ in pending),
+        flops=sum(shard.flops for shard in shards),
+        model_steps=sum(shard.model_steps for shard in shards),
+        seconds=math.nan if on_gpu else max([sum(cost) / workers, *(shard.seconds for shard in shards)]),
     )
 
 

@@ -1,19 +1,18 @@
-"""How a run is doing: one live line in a terminal; a line every ten seconds elsewhere, and in the log file."""
+"""How a run is doing: one live line in a terminal; a line every ten seconds elsewhere, and in the log."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from fastmono.files import open_in_place
+from fastmono.events import EventLog
 from fastmono.trainer import Event
 
 LINE_SECONDS = 10.0
@@ -37,8 +36,8 @@ class Progress:
     """Counts what the workers report, and shows it while used as a context manager.
 
     Args:
-        model_steps, flops: what is left to do.
-        log: a file to which every line is appended.
+        model_steps, flops, shards: what is left to do.
+        log: where every line goes too.
         console: where the line is shown; None shows nothing.
         more: gives the end of the line (what a GPU reports of itself).
     """
@@ -47,14 +46,15 @@ class Progress:
         self,
         model_steps: int,
         flops: int,
-        log: Path,
+        log: EventLog,
         console: Console | None,
         more: Callable[[], str] = lambda: "",
+        shards: int = 1,
     ) -> None:
-        self.more = more
+        self.more, self.shards = more, shards
         self.total_steps, self.total_flops = model_steps, flops
         self.console = console
-        self.log_file = open(open_in_place(log, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8")  # noqa: SIM115
+        self.events = log
         self.done_steps = self.done_flops = 0
         self.step: dict[str, int] = {}
         self.loss: dict[str, float | None] = {}
@@ -74,12 +74,12 @@ class Progress:
     ) -> None:
         if self.live is not None:
             self.live.stop()
-        self.log(self.line())
-        self.log_file.close()
+        self.log("progress", self.line())
+        self.events.close()
 
-    def log(self, text: str, show: bool = False) -> None:
-        """Append to the log file, and show it above the line if asked."""
-        print(time.strftime("%Y-%m-%d %H:%M:%S"), text.replace("\n", "\n    "), file=self.log_file, flush=True)
+    def log(self, kind: str, text: str, show: bool = False, **fields: Any) -> None:
+        """Write an event, and show its text above the line if asked."""
+        self.events.write(kind, text, **fields)
         if show:
             self.show(text)
 
@@ -93,7 +93,7 @@ class Progress:
         now = time.monotonic()
         if event["kind"] == "progress":
             if not self.done_steps:
-                self.log(f"first step after {now - self.started:.1f} s")
+                self.log("first step", f"first step after {now - self.started:.1f} s")
             block = event["models"][0]
             self.done_steps += event["model_steps"]
             self.done_flops += event["flops"]
@@ -101,11 +101,16 @@ class Progress:
             self.window.append((now, self.done_steps, self.done_flops))
             while now - self.window[0][0] > WINDOW_SECONDS and len(self.window) > 2:
                 self.window.popleft()
+        elif event["kind"] == "retry":  # what was not saved is to be done again
+            self.total_steps += event["model_steps"]
+            self.total_flops += event["flops"]
+        elif event["kind"] == "idle":
+            self.shards = event["shards"]
         if self.live is not None:
             self.live.update(Text(self.line(self.live.console.width), no_wrap=True, overflow="fold"))
         if now - self.last_line >= LINE_SECONDS:
             self.last_line = now
-            self.log(self.line(), show=self.live is None)
+            self.log("progress", self.line(), show=self.live is None)
 
     def rates(self) -> tuple[float, float]:
         """Model-steps and operations a second, of late."""
@@ -120,6 +125,8 @@ class Progress:
         steps, flops = self.rates()
         left = duration((self.total_flops - self.done_flops) / flops) + " left" if flops else "time left unknown"
         parts = [f"{self.done_flops / max(self.total_flops, 1):4.0%}"]
+        if self.shards > 1:
+            parts.append(f"{self.shards:,} shards")
         if self.step:
             low, high = min(self.step.values()), max(self.step.values())
             parts.append(f"step {low:,}" if low == high else f"steps {low:,} to {high:,}")

@@ -1,37 +1,25 @@
-"""`train`: plans a grid, has it trained, and keeps the run directory's tables up to date meanwhile."""
+"""`train`: from the arguments to a plan, the directory's lock, and the session that trains it."""
 
 from __future__ import annotations
 
-import platform
-import sys
-import time
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
 from rich.console import Console
 
-from fastmono.engines import resolve
-from fastmono.executor import Stop, execute
+from fastmono.engines import mixes_widths, resolve
 from fastmono.files import BadFile, DirectoryLock, read_json, remove_temporaries
-from fastmono.monitor import GpuMonitor
+from fastmono.on_ray import connect
 from fastmono.plan import Plan, content_hashes, make_plan, this_machine
-from fastmono.progress import Progress, duration
 from fastmono.run import Run
+from fastmono.session import OnCheckpoint, Session
+from fastmono.shards import array_part, part_name
 from fastmono.spec import FIELDS, Grid, ModelSpec
-from fastmono.store import RunDirectory, checkpoint_steps, free_space
-from fastmono.tables import Telemetry, write_tables
-from fastmono.trainer import Event, Options, keeps_checkpoint, steps_left
+from fastmono.store import RunDirectory, free_space
+from fastmono.trainer import Options
 
 CHECKPOINT_POLICIES = ("all", "last", "none")
-TABLE_SECONDS = 15.0
-"""Least time between two writings of the tables, but for the last."""
-
-OnCheckpoint = Callable[[Run, int], None]
 
 
 def plan_run(
@@ -43,13 +31,16 @@ def plan_run(
     resume: bool = True,
     checkpoints: str = "all",
     save_every: float = 60.0,
+    ray: str | None = None,
+    part: tuple[int, int] | None = None,
 ) -> Plan:
     """What `train` would do with the same arguments; writes nothing. Raises as `train` does."""
     grid = as_grid(grid)
-    directory, options, reason = _options(grid, out, engine, precision, workers, resume, checkpoints, save_every)
+    directory, options, reason = _options(grid, out, engine, precision, workers, resume, checkpoints, save_every, part)
     directory.expected = dict(zip(content_hashes(grid, options), grid, strict=True))
     saved = directory.newest_states(directory.expected, verify=False) if resume else {}
-    return make_plan(grid, options, reason, saved, workers, this_machine())
+    cluster = connect(ray, workers) if ray is not None and ray != "local" else None  # none is started for a plan
+    return make_plan(grid, options, reason, saved, workers, cluster.machine() if cluster else this_machine(), part)
 
 
 def train(
@@ -63,6 +54,8 @@ def train(
     *,
     checkpoints: str = "all",
     save_every: float = 60.0,
+    ray: str | None = None,
+    part: tuple[int, int] | None = None,
     quiet: bool = False,
     console: Console | None = None,
 ) -> Run:
@@ -76,13 +69,17 @@ def train(
         out: the run directory.
         engine: auto | reference | cpu | triton.
         precision: auto | fp32 | tf32 | bf16.
-        workers: processes, or "auto": one for each core, or this process alone for a run of seconds.
+        workers: processes, or "auto": one for each core or GPU, or this process alone for a run of seconds.
         resume: False discards what the directory holds of an earlier run.
         on_checkpoint: called as `on_checkpoint(run, step)`, in this process, when every model that has a checkpoint
             at that step has reached it, or has diverged or failed before; only for checkpoints that are kept, and
             not again for those that an earlier call of `train` came to.
         checkpoints: which of the log-spaced checkpoints stay on disk: all | last | none.
         save_every: seconds between full states.
+        ray: "local" trains in the tasks of a Ray that is started here, an address in those of a cluster whose machines
+            all see `out`; `workers` is then how many tasks at a time, "auto" as many as there is room for.
+        part: (i, n) trains the i-th of n parts of the grid, i from 0: for array tasks, which may run at the same time
+            in one directory. Whoever finishes last has the whole table.
         quiet: show nothing; the log file is written all the same.
         console: where to show progress; by default standard error.
 
@@ -91,22 +88,35 @@ def train(
             or precision; a file of it is damaged; the run does not fit memory or disk.
         BlockingIOError: another process is using the directory.
 
-    Models that fail, and those of a worker that dies, are warned of and have the status "failed"; the others are
-    finished.
+        ChildProcessError: worker after worker crashes.
+
+    A worker that dies costs what it had not saved. Models that fail, and one that crashes whatever trains it, are
+    warned of and have the status "failed"; the others are finished.
     """
     grid = as_grid(grid)
-    arguments = (out, engine, precision, workers, resume, checkpoints, save_every)
+    arguments = (out, engine, precision, workers, resume, checkpoints, save_every, part)
     _options(grid, *arguments)  # before anything is made or deleted
     directory = RunDirectory(out)
     directory.path.mkdir(parents=True, exist_ok=True)
-    lock = DirectoryLock(directory.path)
+    lock = DirectoryLock(directory.path, part_name(part) if part else None)
     try:
         directory, options, reason = _options(grid, *arguments)
-        for folder in (directory.path, directory.checkpoints, directory.figures):
-            remove_temporaries(folder)
-        directory.expected = dict(zip(content_hashes(grid, options), grid, strict=True))
-        saved = directory.newest_states(directory.expected) if resume else {}
-        plan = make_plan(grid, options, reason, saved, workers, this_machine())
+        hashes = content_hashes(grid, options)
+        directory.expected = dict(zip(hashes, grid, strict=True))
+        own = hashes
+        if part is None:
+            for folder in (directory.path, directory.checkpoints, directory.figures):
+                remove_temporaries(folder)
+            for left in directory.path.glob("status-*.json"):  # of array tasks that this run takes over from
+                left.unlink(missing_ok=True)
+        else:
+            own = tuple(hashes[i] for i in array_part(grid, mixes_widths(options.engine), part))
+        saved = {}
+        if resume:
+            others = directory.newest_states(set(hashes).difference(own), verify=False)
+            saved = others | directory.newest_states(own)
+        cluster = connect(ray, workers) if ray is not None else None
+        plan = make_plan(grid, options, reason, saved, workers, cluster.machine() if cluster else this_machine(), part)
         if plan.disk > (free := free_space(directory.path)):
             raise ValueError(
                 f"the run needs {plan.disk / 2**30:,.1f} GiB of disk, and {free / 2**30:,.1f} GiB are free in "
@@ -114,8 +124,9 @@ def train(
             )
         if not resume:  # last of all: a run that cannot be trained costs no earlier one
             directory.clear()
-        session = _Session(directory, plan, on_checkpoint, None if quiet else console or Console(stderr=True))
-        session.run(lock.descriptor)
+        Session(directory, plan, on_checkpoint, None if quiet else console or Console(stderr=True), cluster).run(
+            lock.descriptors
+        )
     finally:
         lock.release()
     return Run(directory.path)
@@ -132,7 +143,7 @@ def as_grid(grid: Grid | ModelSpec) -> Grid:
 
 def _options(
     grid: Grid, out: str | Path, engine: str, precision: str, workers: object, resume: bool, checkpoints: str,
-    save_every: float,
+    save_every: float, part: tuple[int, int] | None,
 ) -> tuple[RunDirectory, Options, str]:  # fmt: skip
     """Validated options, with "auto" decided: by what the directory was trained with, else by the machine."""
     if not isinstance(out, str | Path) or not str(out).strip():
@@ -143,6 +154,12 @@ def _options(
         raise ValueError(f"checkpoints={checkpoints!r}: must be one of {', '.join(CHECKPOINT_POLICIES)}")
     if isinstance(save_every, bool) or not isinstance(save_every, int | float) or not save_every >= 0:
         raise ValueError(f"save_every={save_every!r}: must be a number of seconds, at least 0")
+    if part is not None and not 0 <= part[0] < part[1]:
+        raise ValueError(f"part={part[0]}/{part[1]}: must be I/N, with I from 0 to N - 1")
+    if part is not None and not resume:
+        raise ValueError(
+            "part and no-resume: one part would discard what others have trained; empty the directory first"
+        )
     directory = RunDirectory(out)
     if directory.path.exists() and not directory.path.is_dir():
         raise ValueError(f"out={out!r}: is a file, and must be a directory")
@@ -203,188 +220,3 @@ def _refuse_other_models(directory: RunDirectory, held: Grid, asked: Grid) -> No
 def _some(values: Iterable[Any]) -> str:
     shown = [str(value) for value in values]
     return ", ".join(shown[:6]) + (", ..." if len(shown) > 6 else "")
-
-
-class _Session:
-    """One call of `train`, from the plan to the last table."""
-
-    def __init__(
-        self, directory: RunDirectory, plan: Plan, on_checkpoint: OnCheckpoint | None, console: Console | None
-    ) -> None:
-        self.directory, self.plan, self.on_checkpoint = directory, plan, on_checkpoint
-        self.stop = Stop()
-        self.statuses = {
-            name: "pending" if steps_left(spec, plan.saved.get(name)) else "done" for spec, name in plan.items()
-        }
-        self.failures: list[str] = []
-        self.telemetry = Telemetry(directory, {name: spec.flops_per_step for spec, name in plan.items()})
-        self.last_table, self.table_cost = time.monotonic(), 0.0
-        self.awaited, self.reached = self._awaited_checkpoints(), set[int]()
-        directory.write_grid(
-            plan.grid, plan.options.engine, plan.options.precision, about_this_process(plan.options.engine)
-        )
-        self.monitor = GpuMonitor() if plan.options.engine == "triton" else None
-        self.joules = 0.0
-        more = self.monitor.line if self.monitor else str
-        self.progress = Progress(plan.model_steps, plan.flops, directory.path / "run.log", console, more)
-
-    def _awaited_checkpoints(self) -> dict[int, set[str]]:
-        """For each checkpoint that is kept and still to come, the models that will pass it."""
-        awaited: dict[int, set[str]] = {}
-        for spec, name in self.plan.items():
-            saved = self.plan.saved.get(name)
-            if self.on_checkpoint is not None and steps_left(spec, saved):
-                for step in checkpoint_steps(spec.steps):
-                    if step > (saved.step if saved else 0) and keeps_checkpoint(
-                        self.plan.options.checkpoints, step, spec.steps
-                    ):
-                        awaited.setdefault(step, set()).add(name)
-        return awaited
-
-    def run(self, lock_descriptor: int) -> None:
-        plan, started = self.plan, time.monotonic()
-        try:
-            with self.progress, self.stop.listening():
-                self.progress.log(describe_plan(plan))
-                if self.monitor and self.monitor.note:
-                    self.progress.log(self.monitor.note)
-                self._write_tables()
-                execute(self.directory, plan.shards, plan.options, self._hear, self.stop, lock_descriptor)
-                self._settle()
-                counted = Counter(self.statuses.values())
-                said = ", ".join(f"{count} {status}" for status, count in counted.items())
-                self.progress.log(f"ended after {duration(time.monotonic() - started)}: {said}")
-        except BaseException:
-            self._settle()
-            raise
-        finally:
-            if self.monitor:
-                self.monitor.close()
-        for text in self.failures:
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
-        if self.stop.requested:
-            raise KeyboardInterrupt(f"stopped; the state is saved in {self.directory.path}")
-
-    def _settle(self) -> None:
-        """The last tables: nothing is running any more."""
-        saved = self.directory.newest_states(self.plan.hashes, verify=False)
-        for spec, name in self.plan.items():
-            if not steps_left(spec, saved.get(name)):
-                self.statuses[name] = "done"
-            elif self.statuses[name] == "running":
-                self.statuses[name] = "stopped" if self.stop.requested else "pending"
-        self._write_tables()
-        self.directory.prune(self.plan.hashes)
-
-    def _write_tables(self) -> None:
-        started = time.monotonic()
-        write_tables(self.directory, self.plan.grid, self.plan.hashes, self.statuses)
-        self.telemetry.write()
-        self.last_table = time.monotonic()
-        self.table_cost = self.last_table - started
-
-    def _hear(self, worker: int, event: Event) -> None:
-        kind = event["kind"]
-        if kind == "start":
-            self.statuses |= dict.fromkeys(event["models"], "running")
-            self.telemetry.started(event["models"], worker, device_name(self.plan.options.engine))
-            self.progress.log(f"worker {worker}: {len(event['models'])} models from step {event['step']:,}")
-        elif kind == "progress":
-            self.telemetry.add(event["trained"], event["model_steps"], event["seconds"], self._joules_since())
-        elif kind == "checkpoint":
-            self.progress.log(
-                f"worker {worker}: checkpoint after step {event['step']:,}, {len(event['models'])} models"
-            )
-            if event["last"]:
-                self.statuses |= dict.fromkeys(event["models"], "done")
-            self._reach(event["step"], event["models"])
-        elif kind == "diverged":
-            model = self.plan.hashes.index(event["model"])
-            self.progress.log(f"model {model} diverged at step {event['step']:,}", show=True)
-            self._await_no_more([event["model"]])
-        elif kind == "warning":
-            self.progress.log(event["text"], show=True)
-        elif kind == "block failed":
-            self._fail(event["models"], event["text"])
-        elif kind == "failed":
-            self._fail([name for job in self.plan.shards[worker] for name in job.hashes], event["text"])
-        self.progress.update(event)
-        if time.monotonic() - self.last_table > max(TABLE_SECONDS, 20 * self.table_cost):
-            self._write_tables()
-
-    def _joules_since(self) -> float | None:
-        """Energy that the GPU took since the last call, None where it is not known."""
-        now = self.monitor.read().get("joules") if self.monitor else None
-        if now is None:
-            return None
-        since, self.joules = now - self.joules, now
-        return since
-
-    def _fail(self, models: Sequence[str], text: str) -> None:
-        """What was to be trained and will not be; the models of a worker that died may have been done before."""
-        saved = self.directory.newest_states(models, verify=False)
-        among = {name for name in models if self.statuses[name] != "failed"}
-        lost = [i for i, (spec, name) in enumerate(self.plan.items())
-                if name in among and steps_left(spec, saved.get(name))]  # fmt: skip
-        if not lost:
-            return
-        names = [self.plan.hashes[i] for i in lost]
-        self.statuses |= dict.fromkeys(names, "failed")
-        numbers = ", ".join(map(str, lost[:12])) + (", ..." if len(lost) > 12 else "")
-        self.failures.append(f"model{'s' * (len(lost) > 1)} {numbers} failed: {text}")
-        self.progress.log(self.failures[-1])
-        # At once, and not at the end alone: a run may last for days.
-        gist = text.splitlines()[-1 if text.startswith("Traceback") else 0]
-        self.progress.show(f"{len(lost)} model{'s' * (len(lost) > 1)} failed: {gist}")
-        self._await_no_more(names)
-        self._reach(0, ())
-
-    def _await_no_more(self, models: Iterable[str]) -> None:
-        """These models will not come to their next checkpoints."""
-        for waiting in self.awaited.values():
-            waiting.difference_update(models)
-
-    def _reach(self, step: int, models: Iterable[str]) -> None:
-        if self.on_checkpoint is None:
-            return
-        if models:
-            self.reached.add(step)
-        if step in self.awaited:
-            self.awaited[step].difference_update(models)
-        # A step that nobody reached, since all who were to have failed, is waited for by none and stays.
-        for ready in sorted(step for step in self.reached & self.awaited.keys() if not self.awaited[step]):
-            del self.awaited[ready]
-            self._write_tables()
-            self.on_checkpoint(Run(self.directory.path), ready)
-
-
-def describe_plan(plan: Plan) -> str:
-    """The plan in one line."""
-    return (
-        f"{len(plan.grid)} models, {plan.finished} finished; engine {plan.options.engine}, precision "
-        f"{plan.options.precision} ({plan.reason}); {len(plan.shards)} workers; {plan.model_steps:,} model-steps left"
-    )
-
-
-def device_name(engine: str) -> str:
-    """What an engine computes on, for the records."""
-    if engine == "triton" and torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    return platform.processor() or platform.machine()
-
-
-def about_this_process(engine: str) -> dict[str, Any]:
-    """Versions, device and command line, for grid.json."""
-    from fastmono import __version__
-
-    return {
-        "versions": {
-            "fastmono": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": numpy.__version__,
-        },
-        "device": device_name(engine),
-        "platform": platform.platform(),
-        "command": sys.argv,
-    }

@@ -4,7 +4,9 @@
     models.csv           one row a model: spec, status, results
     telemetry.csv        what is not a result: worker, seconds, rate, energy
     history.safetensors  losses, and every measure at every checkpoint
-    run.log              one line an event
+    events.jsonl         one JSON line an event
+    status.json          how the run is doing: its process, and a beat every few seconds
+    lock                 held by whoever trains in the directory
     checkpoints/         step-<step>-<block>.safetensors    parameters after 0, 1, 2, 4, 8, ... steps and the last
                          state-<block>-<step>.safetensors   everything that continues a block, the two newest
     figures/
@@ -145,9 +147,10 @@ class RunDirectory:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.figures = self.path / "figures"
+        self.reports = self.path / "reports"
         self.expected: dict[str, ModelSpec] = {}
         """Models by content hash: a file that holds one of them must fit it. Filled in by who knows them."""
-        for folder in (self.checkpoints, self.figures):  # what lies elsewhere is neither read nor deleted
+        for folder in (self.checkpoints, self.figures, self.reports):  # what lies elsewhere is neither read nor deleted
             if folder.is_symlink():
                 raise BadFile(folder, "is a symbolic link, which is not followed: put the folder itself there")
         self._newest_read: tuple[str, list[int], dict[str, Tensor]] = ("", [], {})
@@ -189,10 +192,13 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Delete a run's files, and nothing else that lies in the directory."""
-        for name in ("grid.json", "models.csv", "telemetry.csv", "history.safetensors", "run.log"):
+        for name in ("grid.json", "models.csv", "telemetry.csv", "history.safetensors"):
             (self.path / name).unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.figures):
-            for pattern in ("step-*.safetensors*", "state-*.safetensors*", "*.png"):
+        for pattern in ("events*.jsonl", "status*.json", "lock-*"):
+            for file in self.path.glob(pattern):
+                file.unlink()
+        for folder in (self.checkpoints, self.figures, self.reports):
+            for pattern in ("step-*.safetensors*", "state-*.safetensors*", "*.png", "*.jsonl"):
                 for file in folder.glob(pattern):
                     file.unlink()
             with suppress(OSError):
@@ -218,7 +224,7 @@ class RunDirectory:
         header = self._header("state", models, hashes, step)
         write_tensors(self.checkpoints / f"state-{name}-{step:012d}.safetensors", tensors, header)
         for old in sorted(self.checkpoints.glob(f"state-{name}-*.safetensors"))[:-KEPT_STATES]:
-            old.unlink()
+            old.unlink(missing_ok=True)  # a worker that was given up for dead may train the same models
 
     @staticmethod
     def _header(kind: str, models: Sequence[Model], hashes: Sequence[str], step: int) -> dict[str, Any]:
@@ -254,7 +260,11 @@ class RunDirectory:
         return sorted(found, key=lambda item: (-item[0].header["step"], item[0].path.name))
 
     def newest_states(self, hashes: Iterable[str], verify: bool = True) -> dict[str, Saved]:
-        """The newest good state of each model that has one. A damaged file is set aside, and an older one used."""
+        """The newest good state of each model that has one.
+
+        With `verify` all of a file is read, and one that is damaged is set aside, and an older one used; without, only
+        headers are, and nothing is changed.
+        """
         wanted, found = set(hashes), {}
         for file, models in self.files("state"):
             if not wanted.intersection(models):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -95,17 +95,21 @@ class Telemetry:
         """`flops`: each model's operations a step, by its content hash, in the grid's order."""
         self.flops = flops
         self.path = directory.path / "telemetry.csv"
-        self.rows: dict[str, dict[str, Any]] = {}
+        self.rows = self._read()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
         earlier: dict[str, dict[str, str]] = {}
         if self.path.exists():
             with suppress(BadFile):  # it holds no result: one that is damaged is begun anew
                 earlier = {row["hash"]: row for row in read_csv(self.path, TELEMETRY)}
-        for i, name in enumerate(flops):
+        rows = {}
+        for i, name in enumerate(self.flops):
             row: dict[str, Any] = dict.fromkeys(TELEMETRY)
             row |= {"sessions": 0, "seconds": 0.0, "model_steps": 0}
             with suppress(KeyError, ValueError):
                 row |= counted(earlier[name])
-            self.rows[name] = row | {"model": i, "hash": name}
+            rows[name] = row | {"model": i, "hash": name}
+        return rows
 
     def started(self, models: Sequence[str], worker: int, device: str) -> None:
         """Models were taken up by a worker."""
@@ -124,8 +128,10 @@ class Telemetry:
             if joules is not None:
                 self.rows[name]["joules"] = (self.rows[name]["joules"] or 0.0) + joules * share
 
-    def write(self) -> None:
-        """Write telemetry.csv."""
+    def write(self, own: Collection[str] | None = None) -> None:
+        """Write telemetry.csv. `own`: the models that this process trains; others may have written of the rest."""
+        if own is not None:
+            self.rows = {name: self.rows[name] if name in own else row for name, row in self._read().items()}
         for row in self.rows.values():
             row["model_steps_per_second"] = row["model_steps"] / row["seconds"] if row["seconds"] else None
         write_csv(self.path, TELEMETRY, self.rows.values())

@@ -10,6 +10,7 @@ own steps are done.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import time
 import traceback
@@ -30,6 +31,9 @@ from fastmono.store import BlockHistory, RunDirectory, Saved, contract_tensors
 SECONDS_A_CALL = 1.0
 """What one call of the engine should take: progress and Ctrl-C wait for it, and a model trains through a call's steps
 before the next does, which keeps it in cache."""
+
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR)
+"""What a network file system says when it is out of reach for a while."""
 
 Event = dict[str, Any]
 SavedModel = tuple[ModelSpec, str, Saved | None]
@@ -267,7 +271,8 @@ def train_blocks(
 ) -> bool:
     """Train blocks one after another, halving one that memory does not hold. Returns whether all reached their end.
 
-    A block that fails is reported (kind "block failed", its models, and what happened), and those after it are trained.
+    A block that fails is reported (kind "block failed", its models, what happened, and whether that may pass: "again"),
+    and those after it are trained.
     """
     waiting, whole = list(jobs), True
     while waiting:
@@ -288,8 +293,14 @@ def train_blocks(
             waiting[:0] = [*jobs_by_step(models[:half]), *jobs_by_step(models[half:])]
         except Exception as error:
             whole = False
-            report({"kind": "block failed", "models": list(job.hashes), "text": describe_failure(error)})
+            event = {"kind": "block failed", "models": list(job.hashes), "text": describe_failure(error)}
+            report(event | {"again": may_pass(error)})
     return whole
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the next try may go better: a file was damaged or replaced meanwhile, or storage was out of reach."""
+    return isinstance(error, BadFile) or (isinstance(error, OSError) and error.errno in PASSING)
 
 
 def describe_failure(error: BaseException) -> str:

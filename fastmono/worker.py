@@ -1,36 +1,56 @@
-"""A worker process, `python -m fastmono.worker`: trains one shard, for the driver that started it (see executor.py)."""
+"""A worker process, `python -m fastmono.worker`: trains shards for the driver that started it (see processes.py)."""
 
 from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import sys
 import threading
 import warnings
+from collections.abc import Callable
+from typing import NoReturn
 
 from fastmono.block import single_thread
-from fastmono.executor import Stop, decode_job
+from fastmono.executor import Stop
+from fastmono.shards import decode_shard
 from fastmono.trainer import Event, describe_failure, train_blocks
 
 
-def main() -> int:
-    """Read a job from standard input, train it, report on standard output. Ends with its driver."""
+def train_shard(line: str, report: Callable[[Event], None], stop: Stop) -> None:
+    """Train the shard that a line of JSON describes, and report its events and warnings; the last one is its end."""
+
+    def warn(message: Warning | str, *_: object, **__: object) -> None:
+        report({"kind": "warning", "text": str(message)})
+
+    try:
+        with warnings.catch_warnings(), single_thread():
+            warnings.showwarning = warn
+            train_blocks(*decode_shard(line), report, stop)
+    except Exception as error:
+        report({"kind": "crashed", "text": describe_failure(error)})
+    else:
+        report({"kind": "finished"})
+
+
+def main() -> NoReturn:
+    """Read shards from standard input, train them, report on standard output. Ends with its driver."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not stand among the events
-    line = sys.stdin.readline()
-    if not line:
-        return 1
     stop = Stop()
+    shards: queue.Queue[str] = queue.Queue()
 
-    def watch_driver() -> None:
-        for word in sys.stdin:
-            if word.strip() == "stop":
+    def listen() -> None:
+        for line in sys.stdin:
+            if line.strip() == "stop":
                 stop.requested = True
+            else:
+                shards.put(line)
         os._exit(1)  # the driver is gone: what was saved is saved, and nobody reads the rest
 
-    threading.Thread(target=watch_driver, daemon=True).start()
+    threading.Thread(target=listen, daemon=True).start()
 
     def report(event: Event) -> None:
         try:
@@ -38,19 +58,9 @@ def main() -> int:
         except OSError:
             os._exit(1)
 
-    def warn(message: Warning | str, *_: object, **__: object) -> None:
-        report({"kind": "warning", "text": str(message)})
-
-    warnings.showwarning = warn
-    try:
-        with single_thread():
-            whole = train_blocks(*decode_job(line), report, stop)
-        report({"kind": "finished", "whole": whole})
-    except BaseException as error:
-        report({"kind": "failed", "text": describe_failure(error)})
-        return 1
-    return 0
+    while True:
+        train_shard(shards.get(), report, stop)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

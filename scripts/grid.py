@@ -3,6 +3,8 @@
     python scripts/grid.py                                             the preset `demo` (with a GPU: `published`)
     python scripts/grid.py --lr 1e-3 3e-3 --init-bias 0 -1 --seed 0 1  the product, every other field as in the preset
     python scripts/grid.py --dry-run                                   what would be done
+    python scripts/grid.py --ray ADDRESS                               on a cluster, the same bits (docs/scale.md)
+    python scripts/grid.py --status DIR                                how a run is doing, from any machine
 
 The same command again continues a run that was stopped. Exit code 0: all models trained (one that diverged is a
 result); 2: bad arguments; 1: anything else.
@@ -44,12 +46,22 @@ from fastmono.planner import describe, describe_here, estimate, parse_cluster, r
 from fastmono.presets import PRESET_NAMES
 from fastmono.progress import duration
 from fastmono.spec import CHOICES, FIELDS, REAL_NUMBERS, WHOLE_NUMBERS
+from fastmono.status import status_lines
 
 LARGEST_TABLE = 60
 RESULTS = ("status", "final_loss", "eval_loss", "mono_per_feature", "mono_per_neuron", "dead_neurons", "mean_bias")
 SHORT = {"mono_per_feature": "mono/N", "mono_per_neuron": "mono/k", "dead_neurons": "dead"}
 LEFT_OUT_FIRST = ("mono/k", "dead", "mean_bias", "eval_loss")
 """Columns that a terminal too narrow for all of them does without, in this order."""
+
+
+def part(text: str) -> tuple[int, int]:
+    """A part of a run, as 0/8."""
+    try:
+        i, n = map(int, text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: must be I/N, as 0/8") from None
+    return i, n
 
 
 def make_parser() -> Parser:
@@ -76,6 +88,11 @@ def make_parser() -> Parser:
     run.add_argument("--engine", default="auto", metavar="NAME", help="auto, cpu, reference or triton")
     run.add_argument("--precision", default="auto", metavar="NAME", help="auto, fp32, tf32 or bf16")
     run.add_argument("--workers", default="auto", metavar="N", help="processes; auto: one for each core")
+    run.add_argument(
+        "--ray", nargs="?", const="local", metavar="ADDRESS", help="train in a Ray cluster; without ADDRESS in one here"
+    )
+    run.add_argument("--part", type=part, metavar="I/N", help="train part I of N, from 0: one array task's share")
+    run.add_argument("--status", metavar="DIR", help="print how the run in DIR is doing, and stop")
     run.add_argument("--checkpoints", default="all", metavar="WHICH", help="which to keep: all, last or none")
     seconds = reader(real, "a number of seconds, at least 0")
     run.add_argument("--save-every", type=seconds, default=60.0, metavar="SECONDS", help="between full states (60)")
@@ -101,17 +118,23 @@ def chosen_grid(arguments: argparse.Namespace) -> tuple[fm.Grid, str]:
     return grid, f"{name}-{hashlib.sha256(models.encode()).hexdigest()[:8]}"
 
 
+def count(number: int, what: str) -> str:
+    """So many of something."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def print_plan(console: Console, plan: Plan, out: str) -> None:
     """What will be done, in a few lines."""
     options = plan.options
     for field, values in plan.grid.axes.items():
         shown = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values[:12])
         console.print(f"  {field:15s} {shown}{', ...' if len(values) > 12 else ''}")
-    blocks = sum(map(len, plan.shards))
+    blocks = sum(len(shard.jobs) for shard in plan.shards)
+    shards, workers = count(len(plan.shards), "shard"), count(plan.workers, "worker")
     rows = {
         "models": f"{len(plan.grid)}, of which {plan.finished} are finished",
         "engine": f"{options.engine}, {options.precision} ({plan.reason})",
-        "schedule": f"{blocks} block{'s' * (blocks != 1)} on {len(plan.shards)} worker{'s' * (len(plan.shards) != 1)}",
+        "schedule": f"{count(blocks, 'block')} in {shards} on {workers}",
         "work": f"{plan.model_steps:,} model-steps, {operations(plan.flops)}",
         "expected time": duration(plan.seconds),
         "memory": gib(plan.memory),
@@ -174,6 +197,11 @@ def main(argv: list[str] | None = None) -> int:
 def run_command(argv: list[str], errors: Console) -> int:
     """Parse, train, draw, report."""
     arguments = make_parser().parse_args(argv)
+    console = plain_console()
+    if arguments.status is not None:
+        for line in status_lines(arguments.status):
+            console.print(line)
+        return 0
     grid, name = chosen_grid(arguments)
     out = str(Path("runs") / name) if arguments.out is None else arguments.out
     settings: dict[str, Any] = {
@@ -184,8 +212,9 @@ def run_command(argv: list[str], errors: Console) -> int:
         "resume": not arguments.no_resume,
         "checkpoints": arguments.checkpoints,
         "save_every": arguments.save_every,
+        "ray": arguments.ray,
+        "part": arguments.part,
     }
-    console = plain_console()
     with warnings_shown(console) as failures:
         if arguments.plan is not None:
             told = (arguments.precision, arguments.checkpoints, not arguments.no_resume)
@@ -195,10 +224,14 @@ def run_command(argv: list[str], errors: Console) -> int:
         if arguments.dry_run:
             return 0
         run = fm.train(grid, **settings, console=console)
-    print_table(console, run)
-    if not arguments.no_plots:
-        drawn = fm.plots.save_all(run, run.directory.figures)
-        console.print(f"{len(drawn)} figures in {run.directory.figures}")
+    others = sum(row["status"] in ("pending", "running") for row in run.table)
+    if arguments.part and others:
+        console.print(f"this part is done; {count(others, 'model')} of other parts are not, yet")
+    else:
+        print_table(console, run)
+        if not arguments.no_plots:
+            drawn = fm.plots.save_all(run, run.directory.figures)
+            console.print(f"{len(drawn)} figures in {run.directory.figures}")
     console.print(f"load it with: import fastmono as fm; run = fm.load_run({json.dumps(out, ensure_ascii=False)})")
     for text in failures:
         errors.print(f"error: {text}")

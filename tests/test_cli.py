@@ -55,7 +55,7 @@ def test_flags_make_the_product_and_every_model_is_trained(capsys):
     assert {row["status"] for row in run.table} == {"done"}
     said = capsys.readouterr().out
     assert "8, of which 0 are finished" in said and 'fm.load_run("run")' in said
-    assert "final_loss" in said and "mono/N" in said and "GFLOP/s" in (Path("run/run.log")).read_text()
+    assert "final_loss" in said and "mono/N" in said and "GFLOP/s" in (Path("run/events.jsonl")).read_text()
 
 
 def test_without_flags_of_models_the_preset_itself_is_planned_on_a_cpu(capsys):
@@ -113,6 +113,9 @@ def test_a_diverged_model_is_a_result(capsys):
         (["--out", ""], "out=''"), (["--out", "/dev/null"], "out='/dev/null': is a file"),
         (["--save-every", "nan"], "save_every=nan"), (["stray"], "stray"),
         (["--n-neurons", "2000000000"], "GiB"), (["--checkpoints", "odd"], "checkpoints='odd'"),
+        (["--part", "3/3"], "part=3/3: must be I/N"), (["--part", "x"], "--part: 'x': must be I/N"),
+        (["--part", "0/2", "--no-resume"], "discard what others have trained"),
+        (["--status", "nowhere"], "nowhere/grid.json: there is no such file"),
     ],
 )  # fmt: skip
 def test_bad_arguments_end_in_exit_code_2_and_one_line(flags, said, capsys):

@@ -75,7 +75,7 @@ def test_a_damaged_newest_state_is_named_and_the_older_one_continued_to_the_same
         again = train(run.path)
     assert ((run.path / "history.safetensors").read_bytes(), (run.path / "models.csv").read_bytes()) == expected
     assert all(torch.equal(parameters[name], again.parameters(1)[name]) for name in parameters)
-    log = (run.path / "run.log").read_text()
+    log = (run.path / "events.jsonl").read_text()
     assert "from step 32" in log  # the older state, not the beginning
 
 
@@ -129,7 +129,8 @@ def test_without_its_damaged_grid_file_a_run_goes_on_from_its_states(run):
     (run.path / "grid.json").unlink()
     train(run.path)
     assert (run.path / "models.csv").read_bytes() == expected
-    assert "2 finished" in (run.path / "run.log").read_text().splitlines()[-3]
+    plans = [line for line in (run.path / "events.jsonl").read_text().splitlines() if '"kind": "plan"' in line]
+    assert "2 finished" in plans[-1]
 
 
 @pytest.mark.parametrize("how", DAMAGES)

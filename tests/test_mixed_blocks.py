@@ -85,7 +85,7 @@ def heard(monkeypatch):
 
 def plan(grid, engine="triton", saved=None, machine=MACHINE):
     made = make_plan(grid, Options(engine, "fp32"), "", saved or {}, 1, machine)
-    return [job for shard in made.shards for job in shard]
+    return [job for shard in made.shards for job in shard.jobs]
 
 
 @needs_triton
@@ -229,7 +229,7 @@ def test_a_mixed_block_that_memory_does_not_hold_is_halved_wherever_its_parts_ar
 
     monkeypatch.setattr(RunDirectory, "write_state", short_of_memory)
     run = train(MIXED, tmp_path)
-    assert failed and "out of memory with 5 models; on with 2" in (tmp_path / "run.log").read_text()
+    assert failed and "out of memory with 5 models; on with 2" in (tmp_path / "events.jsonl").read_text()
     assert {event["step"] for event in heard("start")} == {0, 2, 4}
     for i, one in enumerate(alone):
         same_model(run, i, one)

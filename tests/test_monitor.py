@@ -87,12 +87,12 @@ def test_energy_goes_to_the_telemetry_of_each_model_and_never_to_its_results(ins
     calm = fm.train(grid, tmp_path / "calm", workers=1, quiet=True)
     install(nvml())
 
-    class Watched(runner._Session):
+    class Watched(runner.Session):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             self.monitor = GpuMonitor()
 
-    monkeypatch.setattr(runner, "_Session", Watched)
+    monkeypatch.setattr(runner, "Session", Watched)
     run = fm.train(grid, tmp_path / "watched", workers=1, quiet=True)
     rows = [line.split(",") for line in (run.path / "telemetry.csv").read_text().splitlines()]
     joules = [float(row[rows[0].index("joules")]) for row in rows[1:]]

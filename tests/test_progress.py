@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
+from fastmono.events import EventLog
 from fastmono.progress import Progress
 
 PARTS = ("steps 4,471 to 4,936", "model-steps/s", "GFLOP/s", "left", "best loss 0.3211", "monosemantic/N up to 0.70")
@@ -12,7 +13,7 @@ PARTS = ("steps 4,471 to 4,936", "model-steps/s", "GFLOP/s", "left", "best loss 
 
 @contextmanager
 def progress(tmp_path, **settings):
-    made = Progress(98_304, 10**13, tmp_path / "run.log", **{"console": None, **settings})
+    made = Progress(98_304, 10**13, EventLog(tmp_path / "events.jsonl", print), **{"console": None, **settings})
     for block, step, loss, mono in (("a", 4471, 0.35, 0.1), ("b", 4936, 0.3211, 0.7)):
         event = {"kind": "progress", "models": [block], "step": step, "model_steps": 4000, "flops": 10**12}
         made.update({**event, "seconds": 1.0, "best_loss": loss, "mono": mono})

@@ -79,7 +79,7 @@ def test_a_run_directory_holds_what_the_design_lists(undisturbed):
         "mean_bias", "density", "diverged_step",
     ]  # fmt: skip
     assert all(row["status"] == "done" and row["diverged_step"] == "" for row in rows)
-    assert (run.path / "telemetry.csv").exists() and "6 done" in (run.path / "run.log").read_text()
+    assert (run.path / "telemetry.csv").exists() and "6 done" in (run.path / "events.jsonl").read_text()
     assert not list(run.path.rglob("*.pt")) + list(run.path.rglob("*.pkl"))
 
 
@@ -329,7 +329,7 @@ def test_a_block_too_large_for_memory_is_split_and_its_results_do_not_change(und
     small = plan.Machine(cores=1, memory=int(need / plan.MEMORY_SHARE) + 2, flops=1e11)
     monkeypatch.setattr(runner, "this_machine", lambda: small)
     planned = fm.plan_run(GRID, tmp_path)
-    assert [len(job.specs) for job in planned.shards[0]] == [2, 2, 2]
+    assert [len(job.specs) for job in planned.shards[0].jobs] == [2, 2, 2]
     same_results(train(GRID, tmp_path), undisturbed)
 
 
@@ -362,7 +362,7 @@ def test_a_block_that_memory_does_not_hold_is_halved_and_its_results_do_not_chan
     monkeypatch.setattr(CpuEngine, "advance", scarce)
     run = train(GRID, tmp_path)
     same_results(run, undisturbed)
-    assert "out of memory with 6 models; on with 3" in (tmp_path / "run.log").read_text()
+    assert "out of memory with 6 models; on with 3" in (tmp_path / "events.jsonl").read_text()
 
 
 def test_one_model_that_memory_does_not_hold_is_reported(tmp_path, monkeypatch):

@@ -24,9 +24,9 @@ def test_a_grid_larger_than_the_gpu_is_planned_as_blocks_that_fit_it():
     needed = engine_module.TritonEngine.device_bytes(grid.specs[:3], "bf16", 90)
     machine = Machine(2, None, 1e11, int(needed / MEMORY_SHARE) + 1, 90)
     plan = make_plan(grid, Options("triton", "bf16"), "", {}, "auto", machine)
-    assert [len(job.specs) for job in plan.shards[0]] == [3, 3, 3, 1] and len(plan.shards) == 1
+    assert [len(job.specs) for job in plan.shards[0].jobs] == [3, 3, 3, 1] and len(plan.shards) == 1
     roomy = dataclasses.replace(machine, device_memory=2**40)
-    assert [len(job.specs) for job in make_plan(grid, plan.options, "", {}, "auto", roomy).shards[0]] == [10]
+    assert [len(job.specs) for job in make_plan(grid, plan.options, "", {}, "auto", roomy).shards[0].jobs] == [10]
 
 
 @interpreted
@@ -64,7 +64,7 @@ def test_a_block_that_the_device_does_not_hold_is_halved(error, tmp_path, monkey
     grid = fm.Grid(SMALL.replace(steps=2), lr=[0.01, 0.02])
     run = fm.train(grid, tmp_path, engine="triton", precision="fp32", workers=1, quiet=True)
     assert [row["status"] for row in run.table] == ["done", "done"]
-    assert "out of memory with 2 models; on with 1" in (tmp_path / "run.log").read_text()
+    assert "out of memory with 2 models; on with 1" in (tmp_path / "events.jsonl").read_text()
 
 
 @interpreted

@@ -18,11 +18,13 @@ its arrays wherever a function takes one, which costs more than some of the rows
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.caching import FunctionCache
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
@@ -37,12 +39,30 @@ inner = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """For functions that others here call: compiled with them, and of no use by themselves."""
 
 
+class _Kept(FunctionCache):
+    """Numba's files of compiled functions. Numba lets a disk that is full, or a file that a crash cut short, end the
+    program; here the function is only compiled again.
+    """
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # whatever unpickling a damaged file raises
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with suppress(Exception):
+            super().save_overload(sig, data)
+
+
 def entry(function: Any) -> Any:
     """For functions that the engine calls: compiled once for a machine and kept, where a file can be."""
     try:
-        return njit(cache=True)(function)
+        compiled = njit(cache=True)(function)
+        compiled._cache = _Kept(function)
     except RuntimeError:  # no folder to write to, not even the user's own
         return njit(function)
+    return compiled
 
 
 class Vector(types.Type):
