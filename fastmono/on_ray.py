@@ -48,13 +48,16 @@ class Cluster:
         return int(self.ray.cluster_resources().get(resource, 0))
 
     def machine(self) -> Machine:
-        """Its cores, memory and GPUs, at the rate of this machine."""
+        """Its cores, memory and GPUs, at the rate of this machine. Where this one has no GPU, theirs are not known: a
+        block that one does not hold is halved there.
+        """
         own, memory = this_machine(), self.ray.cluster_resources().get("memory")
         return dataclasses.replace(
             own,
             cores=max(1, self.room("CPU")),
             memory=own.memory if self.local or memory is None else int(memory),
             devices=self.room("GPU"),
+            architecture=own.architecture or (90 if self.room("GPU") else 0),
         )
 
 

@@ -124,7 +124,7 @@ class Progress:
         them where `width` columns do not hold it."""
         steps, flops = self.rates()
         left = duration((self.total_flops - self.done_flops) / flops) + " left" if flops else "time left unknown"
-        parts = [f"{self.done_flops / max(self.total_flops, 1):4.0%}"]
+        parts = [f"{self.done_flops / self.total_flops if self.total_flops else 1:4.0%}"]
         if self.shards > 1:
             parts.append(f"{self.shards:,} shards")
         if self.step:

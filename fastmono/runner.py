@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fastmono.engines import mixes_widths, resolve
 from fastmono.files import BadFile, DirectoryLock, read_json, remove_temporaries
-from fastmono.on_ray import connect
+from fastmono.on_ray import Cluster, connect
 from fastmono.plan import Plan, content_hashes, make_plan, this_machine
 from fastmono.run import Run
 from fastmono.session import OnCheckpoint, Session
@@ -36,10 +36,11 @@ def plan_run(
 ) -> Plan:
     """What `train` would do with the same arguments; writes nothing. Raises as `train` does."""
     grid = as_grid(grid)
-    directory, options, reason = _options(grid, out, engine, precision, workers, resume, checkpoints, save_every, part)
+    _check(out, workers, resume, checkpoints, save_every, part)
+    cluster = connect(ray, workers) if ray is not None and ray != "local" else None  # none is started for a plan
+    directory, options, reason = _options(grid, out, engine, precision, resume, checkpoints, save_every, cluster)
     directory.expected = dict(zip(content_hashes(grid, options), grid, strict=True))
     saved = directory.newest_states(directory.expected, verify=False) if resume else {}
-    cluster = connect(ray, workers) if ray is not None and ray != "local" else None  # none is started for a plan
     return make_plan(grid, options, reason, saved, workers, cluster.machine() if cluster else this_machine(), part)
 
 
@@ -94,7 +95,9 @@ def train(
     warned of and have the status "failed"; the others are finished.
     """
     grid = as_grid(grid)
-    arguments = (out, engine, precision, workers, resume, checkpoints, save_every, part)
+    _check(out, workers, resume, checkpoints, save_every, part)
+    cluster = connect(ray, workers) if ray is not None else None
+    arguments = (out, engine, precision, resume, checkpoints, save_every, cluster)
     _options(grid, *arguments)  # before anything is made or deleted
     directory = RunDirectory(out)
     directory.path.mkdir(parents=True, exist_ok=True)
@@ -115,7 +118,6 @@ def train(
         if resume:
             others = directory.newest_states(set(hashes).difference(own), verify=False)
             saved = others | directory.newest_states(own)
-        cluster = connect(ray, workers) if ray is not None else None
         plan = make_plan(grid, options, reason, saved, workers, cluster.machine() if cluster else this_machine(), part)
         if plan.disk > (free := free_space(directory.path)):
             raise ValueError(
@@ -141,11 +143,10 @@ def as_grid(grid: Grid | ModelSpec) -> Grid:
     return grid
 
 
-def _options(
-    grid: Grid, out: str | Path, engine: str, precision: str, workers: object, resume: bool, checkpoints: str,
-    save_every: float, part: tuple[int, int] | None,
-) -> tuple[RunDirectory, Options, str]:  # fmt: skip
-    """Validated options, with "auto" decided: by what the directory was trained with, else by the machine."""
+def _check(
+    out: str | Path, workers: object, resume: bool, checkpoints: str, save_every: float, part: tuple[int, int] | None
+) -> None:
+    """The arguments that can be judged by themselves."""
     if not isinstance(out, str | Path) or not str(out).strip():
         raise ValueError(f"out={out!r}: must be a directory")
     if workers != "auto" and (not isinstance(workers, int) or isinstance(workers, bool) or not 1 <= workers <= 4096):
@@ -160,10 +161,18 @@ def _options(
         raise ValueError(
             "part and no-resume: one part would discard what others have trained; empty the directory first"
         )
+
+
+def _options(
+    grid: Grid, out: str | Path, engine: str, precision: str, resume: bool, checkpoints: str, save_every: float,
+    cluster: Cluster | None,
+) -> tuple[RunDirectory, Options, str]:  # fmt: skip
+    """Options, with "auto" decided: by what the directory was trained with, else by the machine or the cluster."""
     directory = RunDirectory(out)
     if directory.path.exists() and not directory.path.is_dir():
         raise ValueError(f"out={out!r}: is a file, and must be a directory")
-    engine_name, precision_name, reason = resolve(engine, precision)
+    gpus = cluster is not None and not cluster.local and cluster.room("GPU") > 0
+    engine_name, precision_name, reason = resolve(engine, precision, gpus)
     path = directory.path / "grid.json"
     if not path.exists():
         return directory, Options(engine_name, precision_name, checkpoints, float(save_every)), reason
@@ -181,7 +190,7 @@ def _options(
         held = directory.read_grid()
         if engine == "auto" and precision in ("auto", held["precision"]):
             engine_name, precision_name, reason = held["engine"], held["precision"], "as this directory was begun"
-            resolve(engine_name, precision_name)
+            resolve(engine_name, precision_name, gpus)
         for what, asked in (("engine", engine_name), ("precision", precision_name)):
             if held[what] != asked:
                 raise ValueError(

@@ -78,8 +78,10 @@ def has_gpu() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None and not interpreting
 
 
-def resolve(engine: str, precision: str) -> tuple[str, str, str]:
+def resolve(engine: str, precision: str, gpus_elsewhere: bool = False) -> tuple[str, str, str]:
     """Engine and precision by name, with "auto" decided, and the reason in a few words.
+
+    `gpus_elsewhere`: the machines that train have GPUs, whatever this one has.
 
     Raises `ValueError` for an unknown name, or a precision that the engine does not have.
     """
@@ -88,7 +90,7 @@ def resolve(engine: str, precision: str) -> tuple[str, str, str]:
     if precision not in ("auto", *PRECISIONS):
         raise ValueError(f"precision={precision!r}: must be one of auto, {', '.join(PRECISIONS)}")
     reason = "as asked"
-    on_gpu = has_gpu()
+    on_gpu = has_gpu() or gpus_elsewhere
     if engine == "auto" and on_gpu:
         engine = "triton"
     if precision == "auto":
@@ -100,6 +102,8 @@ def resolve(engine: str, precision: str) -> tuple[str, str, str]:
         engine = "cpu" if precision == "fp32" else "reference"
         if engine == "reference":
             reason = f"{precision} without a GPU is emulated by the reference engine"
+    if engine == "triton" and gpus_elsewhere and not has_gpu():
+        return engine, precision, f"{reason}; on the cluster's GPUs"
     made = engine_class(engine)(precision)
     if note := getattr(made, "note", ""):
         reason = f"{reason}; {note}"
