@@ -16,6 +16,7 @@ import functools
 import signal
 import threading
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from types import FrameType
 from typing import Protocol
 
 from fastmono.block import single_thread
-from fastmono.shards import Shard, describe
+from fastmono.shards import Shard, decode_shard, describe
 from fastmono.store import RunDirectory
 from fastmono.trainer import Event, Options, describe_failure, train_blocks
 
@@ -65,6 +66,22 @@ class Stop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def train_shard(line: str, report: Callable[[Event], None], stop: Stop) -> None:
+    """Train the shard that a line of JSON describes, and report its events and warnings; the last one is its end."""
+
+    def warn(message: Warning | str, *_: object, **__: object) -> None:
+        report({"kind": "warning", "text": str(message)})
+
+    try:
+        with warnings.catch_warnings(), single_thread():
+            warnings.showwarning = warn
+            train_blocks(*decode_shard(line), report, stop)
+    except Exception as error:
+        report({"kind": "crashed", "text": describe_failure(error)})
+    else:
+        report({"kind": "finished"})
 
 
 class Pool(Protocol):

@@ -19,13 +19,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fastmono.executor import Hear, Stop
+from fastmono.executor import Hear, Stop, train_shard
 from fastmono.plan import Machine, cores, this_machine
 from fastmono.processes import worker_environment
 from fastmono.shards import Shard, encode_shard
 from fastmono.store import RunDirectory
 from fastmono.trainer import Event, Options
-from fastmono.worker import train_shard
 
 POLL_SECONDS = 0.1
 """Between two looks at the reports."""

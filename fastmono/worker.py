@@ -8,30 +8,10 @@ import queue
 import signal
 import sys
 import threading
-import warnings
-from collections.abc import Callable
 from typing import NoReturn
 
-from fastmono.block import single_thread
-from fastmono.executor import Stop
-from fastmono.shards import decode_shard
-from fastmono.trainer import Event, describe_failure, train_blocks
-
-
-def train_shard(line: str, report: Callable[[Event], None], stop: Stop) -> None:
-    """Train the shard that a line of JSON describes, and report its events and warnings; the last one is its end."""
-
-    def warn(message: Warning | str, *_: object, **__: object) -> None:
-        report({"kind": "warning", "text": str(message)})
-
-    try:
-        with warnings.catch_warnings(), single_thread():
-            warnings.showwarning = warn
-            train_blocks(*decode_shard(line), report, stop)
-    except Exception as error:
-        report({"kind": "crashed", "text": describe_failure(error)})
-    else:
-        report({"kind": "finished"})
+from fastmono.executor import Stop, train_shard
+from fastmono.trainer import Event
 
 
 def main() -> NoReturn:

@@ -1,16 +1,20 @@
 """The pool of a Ray cluster. A Ray takes seconds to start: few tests, each in processes of its own."""
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
 import sys
 
 import pytest
-from fault_cases import command, job, processes, results, wait_for
+from fault_cases import command, grid, job, processes, results, wait_for
 
 import fastmono as fm
-from fastmono.on_ray import connect
+from fastmono.engines import resolve
+from fastmono.on_ray import Cluster, RayTasks, connect
+from fastmono.store import RunDirectory
+from fastmono.trainer import Options
 
 STEPS = 6000
 HAS_RAY = importlib.util.find_spec("ray") is not None
@@ -53,3 +57,84 @@ def test_where_ray_is_not_installed_the_error_says_what_to_install(monkeypatch, 
 def test_a_cluster_that_does_not_answer_ends_in_one_line(tmp_path):
     done = job(tmp_path / "run", "--ray", "auto")  # no cluster has been started here
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ray='auto': no cluster was found")
+
+
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+second = cluster.add_node(num_cpus=1)
+print(cluster.address, flush=True)
+sys.stdin.readline()
+second.kill_raylet()
+print("killed", flush=True)
+sys.stdin.readline()
+cluster.shutdown()
+"""
+
+
+@pytest.fixture
+def two_machines():
+    """A Ray cluster of two nodes of one core, on this machine: its address, and what kills the second's raylet."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    address = process.stdout.readline().strip()
+
+    def kill_second():
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "killed\n"
+
+    yield address, kill_second, process.pid
+    process.communicate("\n", timeout=60)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_in_a_cluster_a_killed_worker_and_then_a_killed_raylet_cost_only_time(two_machines, tmp_path):
+    address, kill_second, head = two_machines
+    steps = 200_000
+    fm.train(grid(steps), tmp_path / "calm", workers=1, quiet=True)
+    out = tmp_path / "run"
+    driver = subprocess.Popen(
+        command(out, "--ray", address, "--save-every", "1", steps=steps),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for(lambda: len(processes(head, "ray::run_task")) == 2 and list(out.glob("checkpoints/step-000000000512-*")))
+    os.kill(processes(head, "ray::run_task")[0], signal.SIGKILL)
+    wait_for(lambda: '"kind": "retry"' in (out / "events.jsonl").read_text())
+    wait_for(lambda: len(processes(head, "ray::run_task")) == 2)
+    kill_second()
+    said, _ = driver.communicate(timeout=500)
+    assert driver.returncode == 0, said
+    retries = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines() if '"retry"' in line]
+    assert "WorkerCrashedError" in retries[0]["text"] and len(retries) >= 2, retries
+    assert results(out) == results(tmp_path / "calm")
+
+
+class MadeUpRay:
+    """A cluster's resources, without a cluster."""
+
+    def cluster_resources(self):
+        return {"CPU": 64.0, "GPU": 8.0, "memory": 2.0**38}
+
+    def remote(self, **options):
+        self.options = options
+        return lambda function: function
+
+
+def test_on_a_cluster_with_gpus_a_task_asks_for_one_and_as_many_run_as_there_are(tmp_path):
+    ray = MadeUpRay()
+    cluster = Cluster(ray, "auto", local=False)
+    machine = cluster.machine()
+    assert (machine.cores, machine.devices, machine.memory) == (64, 8, 2**38)
+    assert resolve("auto", "auto", gpus_elsewhere=True)[:2] == ("triton", "bf16")
+    pool = RayTasks(RunDirectory(tmp_path), Options("triton", "bf16"), cluster)
+    assert pool.slots == 8 and ray.options["num_gpus"] == 1 and ray.options["max_retries"] == 0
+    assert RayTasks(RunDirectory(tmp_path), Options("cpu", "fp32"), cluster).slots == 64
+    assert ray.options["num_cpus"] == 1 and "num_gpus" not in ray.options
