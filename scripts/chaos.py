@@ -33,8 +33,10 @@ FLAGS = [
     "--n-features", "16", "--d-embed", "6", "--batch-size", "16", "--feature-prob", "1/8", "--n-neurons", "8", "24",
     "--init-bias", "0", "--bias-decay", "0", "--no-plots", "--save-every", "0.5",
 ]  # fmt: skip
-PATIENCE = 600.0
+PATIENCE = 1800.0
 """Seconds after which a driver that does not end is taken for stuck."""
+START_SECONDS = 30.0
+"""How long to wait for a driver to begin to train before a fault happens to it."""
 
 
 def children(pid: int) -> list[int]:
@@ -71,11 +73,11 @@ class Chaos:
 
     def start(self, *flags: str, small_files: int | None = None) -> None:
         """Start the driver, unless it runs."""
-        if self.driver is not None:
-            if self.driver.poll() is None:
-                return
-            if self.driver.returncode == 0 and self.complete_before is None and not self.partial:
-                self.complete_before = sum(self.done.values())
+        if self.running():
+            return
+        ended_well = self.driver is not None and self.driver.returncode == 0 and not self.partial
+        if ended_well and self.complete_before is None:
+            self.complete_before = sum(self.done.values())
 
         def limit() -> None:
             if small_files is not None:
@@ -91,6 +93,10 @@ class Chaos:
         assert self.driver is not None
         return self.driver.wait(PATIENCE)
 
+    def running(self) -> bool:
+        """Whether the driver runs."""
+        return self.driver is not None and self.driver.poll() is None
+
     def states(self) -> list[Path]:
         """The state files there are."""
         return sorted(self.out.glob("checkpoints/state-*.safetensors"))
@@ -105,7 +111,7 @@ class Chaos:
 
     def stop_driver(self) -> None:
         """SIGINT or SIGTERM: it saves and ends."""
-        if self.driver is not None and self.driver.poll() is None:
+        if self.driver is not None and self.running():
             self.driver.send_signal(self.draw.choice([signal.SIGINT, signal.SIGTERM]))
             self.finish()
 
@@ -180,9 +186,13 @@ class Chaos:
         self.start(small_files=self.draw.choice([2_000, 20_000]))
 
     def happen(self) -> None:
-        """One fault, after a while of training."""
+        """One fault, mostly after a while of training, and sometimes before that begins."""
         self.start()
-        time.sleep(self.draw.uniform(1.0, 5.0))
+        before, deadline = self.states(), time.monotonic() + START_SECONDS
+        early = self.draw.random() < 0.2
+        while not early and self.states() == before and self.running() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(self.draw.uniform(0.5, 5.0))
         fault = self.draw.choice(
             [
                 self.kill_driver, self.stop_driver, self.kill_worker, self.kill_worker, self.freeze_worker,

@@ -39,3 +39,13 @@ def test_the_file_tree_lists_every_module_of(folder):
     for module in sorted((ROOT / folder).glob("*.py")):
         if module.name != "__init__.py":
             assert re.search(rf"^\s+(?:\S+\.py\s+)*{re.escape(module.name)}\s", tree, re.M), module.name
+
+
+def test_every_fault_that_is_promised_to_be_survived_names_a_test_that_exists():
+    rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", (ROOT / "docs" / "scale.md").read_text(encoding="utf-8"), re.M)
+    assert rows[0] == ("fault", "promise", "test") and len(rows) > 20
+    for fault, _, tests in rows[1:]:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", tests)
+        assert named, fault
+        for file, test in named:
+            assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), test
