@@ -21,7 +21,6 @@ from typing import Any
 
 from fastmono.executor import Hear, Stop, train_shard
 from fastmono.plan import Machine, cores, this_machine
-from fastmono.processes import worker_environment
 from fastmono.shards import Shard, encode_shard
 from fastmono.store import RunDirectory
 from fastmono.trainer import Event, Options
@@ -119,11 +118,8 @@ class RayTasks:
     def __init__(self, directory: RunDirectory, options: Options, cluster: Cluster) -> None:
         self.directory, self.options, self.cluster, self.ray = directory, options, cluster, cluster.ray
         self.resource = "GPU" if options.engine == "triton" and cluster.room("GPU") else "CPU"
-        environment = worker_environment()
-        if not cluster.local:  # its machines have fastmono installed, or find it as they were told
-            del environment["PYTHONPATH"]
         share = {"num_gpus": 1, "num_cpus": 0} if self.resource == "GPU" else {"num_cpus": 1}
-        self.task = self.ray.remote(max_retries=0, runtime_env={"env_vars": environment}, **share)(run_task)
+        self.task = self.ray.remote(max_retries=0, **share)(run_task)
         self.tasks: dict[Any, _Task] = {}
         directory.reports.mkdir(exist_ok=True)
 

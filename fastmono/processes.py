@@ -29,16 +29,6 @@ END_SECONDS = 2.0
 """How long a worker may take to end when its input does."""
 
 
-def worker_environment() -> dict[str, str]:
-    """What a worker needs of its environment, on whatever machine."""
-    package = str(Path(__file__).resolve().parent.parent)
-    return {
-        "OMP_NUM_THREADS": "1",  # a thread pool a worker would fight with the other workers
-        "MKL_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), package))),
-    }
-
-
 def visible_devices(count: int) -> list[str]:
     """The names of this process's first GPUs, as CUDA_VISIBLE_DEVICES takes them: a worker gets one of them."""
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
@@ -65,7 +55,13 @@ class Processes:
     def start(self, slot: int, shard: Shard) -> None:
         """Send the shard to the slot's worker."""
         if slot not in self.workers:
-            environment = {**os.environ, **worker_environment()}
+            package = str(Path(__file__).resolve().parent.parent)
+            environment = {
+                **os.environ,
+                "OMP_NUM_THREADS": "1",  # a thread pool a worker would fight with the other workers
+                "MKL_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), package))),
+            }
             if self.devices:
                 environment["CUDA_VISIBLE_DEVICES"] = self.devices[slot % len(self.devices)]
             self.workers[slot] = _Worker(slot, environment, self.descriptors, self.events)
