@@ -97,7 +97,8 @@ def kin(spec: ModelSpec, mixes_widths: bool) -> tuple[str, ...]:
     Sorted by it, those of one width are neighbours also where blocks mix widths.
     """
     shape = repr(shape_class(spec, mixes_widths))
-    return shape, f"{spec.n_neurons:12d} {spec.steps:20d}", repr(stream_key(spec))
+    width = f"{spec.n_neurons:12d} {spec.linear_path:12d} {spec.steps:20d}"
+    return shape, width, repr(stream_key(spec))
 
 
 def deal(costs: Sequence[float], parts: int) -> list[list[int]]:
