@@ -180,13 +180,16 @@ class Dispatcher:
         listener: hears of everything as `listener(worker, event)`, in this thread. Kinds besides the trainer's: shard
             (one is begun), retry (models, tries, and the flops and model_steps that are to be done again), finished,
             idle (shards: those that are left).
+        then: asked when all shards are through, for those that follow from their results; none ends the run.
     """
 
     def __init__(
-        self, directory: RunDirectory, shards: Sequence[Shard], pool: Pool, listener: Hear, stop: Stop
-    ) -> None:
-        self.directory, self.pool, self.listener, self.stop = directory, pool, listener, stop
-        self.queue = deque(sorted(shards, key=lambda shard: -shard.seconds))
+        self, directory: RunDirectory, shards: Sequence[Shard], pool: Pool, listener: Hear, stop: Stop,
+        then: Callable[[], Sequence[Shard]] = tuple,
+    ) -> None:  # fmt: skip
+        self.directory, self.pool, self.listener, self.stop, self.then = directory, pool, listener, stop, then
+        self.queue: deque[Shard] = deque()
+        self._enqueue(shards)
         self.running: dict[int, _Attempt] = {}
         self.crashes: Counter[str] = Counter()
         self.crashes_in_a_row = 0
@@ -197,7 +200,7 @@ class Dispatcher:
         """
         deadline = None
         try:
-            while self.running or (self.queue and not self.stop.requested):
+            while self.running or (not self.stop.requested and (self.queue or self._enqueue(self.then()))):
                 self._fill()
                 self.pool.wait(self._hear, 0.2)
                 self.listener(-1, {"kind": "idle", "shards": len(self.queue) + len(self.running)})
@@ -211,6 +214,11 @@ class Dispatcher:
             raise
         finally:
             self.pool.close()
+
+    def _enqueue(self, shards: Sequence[Shard]) -> bool:
+        """The longest first. Returns whether there are any."""
+        self.queue += sorted(shards, key=lambda shard: -shard.seconds)
+        return bool(shards)
 
     def _fill(self) -> None:
         for slot in range(self.pool.slots):

@@ -128,10 +128,11 @@ def tensor_shapes(spec: ModelSpec, n_models: int, prefix: str = "") -> dict[str,
 def state_shapes(spec: ModelSpec, n_models: int, step: int, all_diverged: bool) -> dict[str, tuple[Any, ...]]:
     """The same of what a state holds besides, after so many steps."""
     logged, checkpoints = n_logged(step, spec.steps), n_checkpoints(step, spec.steps)
+    resting = checkpoints + (step not in (0, spec.steps) and step & (step - 1) != 0)  # measured between two checkpoints
     found = {
         # When all have diverged, their state is that of the last step, and nothing was logged on the way there.
         "losses": ("F32", n_models, range(logged + 1) if all_diverged else logged),
-        "measures": ("F64", n_models, range(checkpoints + 1) if all_diverged else checkpoints, len(NAMES)),
+        "measures": ("F64", n_models, range(0 if all_diverged else checkpoints, resting + 1), len(NAMES)),
     }
     for prefix in ("snapshot.",) if spec.optimizer == "sgd" else ("snapshot.", "first_moment.", "second_moment."):
         found |= tensor_shapes(spec, n_models, prefix)

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 
 from fastmono.block import flat_size, parts, shape_class, single_thread
 from fastmono.engines import engine_class, mixes_widths
+from fastmono.halving import Forecast
 from fastmono.layout import LOG_EVERY, SCHEMA
 from fastmono.metrics import EVALUATION_SAMPLES, NAMES
 from fastmono.philox import stream_key
@@ -120,6 +121,7 @@ class Plan:
     hashes: tuple[str, ...]
     saved: Mapping[str, Saved]
     options: Options
+    machine: Machine
     reason: str
     """Why this engine and precision."""
     workers: int
@@ -132,6 +134,8 @@ class Plan:
     flops: int
     model_steps: int
     seconds: float
+    forecast: Forecast | None = None
+    """What successive halving is expected to leave of it, where that is asked for."""
 
     @property
     def finished(self) -> int:
@@ -194,12 +198,14 @@ def checkpoint_seconds(spec: ModelSpec, machine: Machine, sharing: int) -> float
     return EVALUATION_SAMPLES * (words + forward + spec.n_neurons * HELD_OUT_ACTIVATION_SECONDS)
 
 
-def seconds_left(spec: ModelSpec, saved: Saved | None, engine: str, machine: Machine, sharing: int) -> float:
+def seconds_left(
+    spec: ModelSpec, saved: Saved | None, engine: str, machine: Machine, sharing: int, until: int | None = None
+) -> float:
     """What a model still takes on one core: its steps, and its measures at the checkpoints to come."""
-    steps = steps_left(spec, saved)
+    steps, done = steps_left(spec, saved, until), saved.step if saved else 0
     if not steps:
         return 0.0
-    checkpoints = sum(step > spec.steps - steps for step in checkpoint_steps(spec.steps))
+    checkpoints = sum(done < step <= done + steps for step in checkpoint_steps(spec.steps))
     measures = checkpoints * checkpoint_seconds(spec, machine, sharing)
     return steps * model_seconds(spec, engine, machine, sharing) + measures
 
@@ -225,6 +231,8 @@ def make_plan(
     workers: int | str,
     machine: Machine,
     part: tuple[int, int] | None = None,
+    until: int | None = None,
+    without: Collection[str] = (),
 ) -> Plan:
     """Deal the models that are left to shards.
 
@@ -233,6 +241,8 @@ def make_plan(
         workers: how many shards at a time, or "auto": a core or a GPU each, but this process alone for a run of
             seconds.
         part: (i, n) for the models of array task i of n alone.
+        until: a step at which models that have more wait for a decision about them; None: all train to their last.
+        without: content hashes of models that are left out.
 
     Raises:
         ValueError: a model does not fit this machine's memory.
@@ -242,14 +252,15 @@ def make_plan(
     on_gpu = options.engine == "triton" and bool(machine.architecture)
     kinds = [kin(spec, mixes) for spec in grid]
     own = set(range(len(grid))) if part is None else array_part(grid, mixes, part)
+    own = {i for i in own if hashes[i] not in without}
     sharing = Counter(kinds[i] for i in own)
     cost = [0.0] * len(grid)
     for i in own:
         spec, state = grid[i], saved.get(hashes[i])
         if on_gpu:  # no rate of one has been measured yet
-            cost[i] = steps_left(spec, state) * spec.flops_per_step / GPU_FLOPS
+            cost[i] = steps_left(spec, state, until) * spec.flops_per_step / GPU_FLOPS
         else:
-            cost[i] = seconds_left(spec, state, options.engine, machine, sharing[kinds[i]])
+            cost[i] = seconds_left(spec, state, options.engine, machine, sharing[kinds[i]], until)
     left = [i for i in own if cost[i]]
     if workers == "auto":
         short = sum(cost) < SHORT_SECONDS
@@ -271,7 +282,7 @@ def make_plan(
     shards = []
     for which in members:
         models = [order[i] for i in which]
-        jobs = _blocks([(grid[i], hashes[i], saved.get(hashes[i])) for i in models], options, budget, machine)
+        jobs = _blocks([(grid[i], hashes[i], saved.get(hashes[i])) for i in models], options, budget, machine, until)
         if jobs:
             memory = max(block_bytes(job.specs, options.engine) for job in jobs)
             shards.append(Shard(jobs, memory, sum(cost[i] for i in models)))
@@ -281,6 +292,7 @@ def make_plan(
         hashes=hashes,
         saved=saved,
         options=options,
+        machine=machine,
         reason=reason,
         workers=min(workers, len(shards)),
         shards=tuple(shards),
@@ -291,6 +303,12 @@ def make_plan(
         model_steps=sum(shard.model_steps for shard in shards),
         seconds=math.nan if on_gpu else max([sum(cost) / workers, *(shard.seconds for shard in shards)]),
     )
+
+
+def shards_to(plan: Plan, saved: Mapping[str, Saved], until: int | None, without: Collection[str]) -> Sequence[Shard]:
+    """What is left of a plan, dealt anew: from newer states, to a step at most, without some models."""
+    again = make_plan(plan.grid, plan.options, plan.reason, saved, plan.workers, plan.machine, None, until, without)
+    return again.shards
 
 
 def _fitting_workers(specs: Iterable[ModelSpec], engine: str, workers: int, budget: int) -> int:
@@ -323,7 +341,9 @@ def _gib(count: float) -> str:
     return f"{count / 2**30:,.1f} GiB"
 
 
-def _blocks(models: list[SavedModel], options: Options, budget: int | None, machine: Machine) -> tuple[BlockJob, ...]:
+def _blocks(
+    models: list[SavedModel], options: Options, budget: int | None, machine: Machine, until: int | None
+) -> tuple[BlockJob, ...]:
     """Blocks of one shape class and step that fit the budget; those with nothing left to train are dropped."""
     mixes = mixes_widths(options.engine)
 
@@ -332,7 +352,7 @@ def _blocks(models: list[SavedModel], options: Options, budget: int | None, mach
 
     blocks = []
     for _, group in itertools.groupby(sorted(models, key=key), key):
-        for job in jobs_by_step(group):
+        for job in jobs_by_step(group, until):
             size, start = len(job.specs), 0
             while start < len(job.specs):
                 # Wider models, which come later, may leave room for fewer.
@@ -340,4 +360,4 @@ def _blocks(models: list[SavedModel], options: Options, budget: int | None, mach
                     size = -(-size // 2)
                 blocks.append(job.part(slice(start, start + size)))
                 start += size
-    return tuple(job for job in blocks if any(map(steps_left, job.specs, job.saved)))
+    return tuple(job for job in blocks if any(job.steps_left()))

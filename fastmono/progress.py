@@ -88,6 +88,10 @@ class Progress:
         if self.console is not None:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def expect(self, model_steps: int, flops: int) -> None:
+        """So much is left from now on."""
+        self.total_steps, self.total_flops = self.done_steps + model_steps, self.done_flops + flops
+
     def update(self, event: Event) -> None:
         """Count an event of a worker, and show the line when it is time to."""
         now = time.monotonic()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from rich.console import Console
 
 from fastmono.engines import mixes_widths, resolve
 from fastmono.files import BadFile, DirectoryLock, read_json, remove_temporaries
+from fastmono.halving import Halving, Rungs
 from fastmono.on_ray import Cluster, connect
-from fastmono.plan import Plan, content_hashes, make_plan, this_machine
+from fastmono.plan import Machine, Plan, content_hashes, make_plan, this_machine
 from fastmono.run import Run
 from fastmono.session import OnCheckpoint, Session
 from fastmono.shards import array_part, part_name
 from fastmono.spec import FIELDS, Grid, ModelSpec
-from fastmono.store import RunDirectory, free_space
+from fastmono.store import RunDirectory, Saved, free_space
 from fastmono.trainer import Options
 
 CHECKPOINT_POLICIES = ("all", "last", "none")
@@ -33,15 +35,21 @@ def plan_run(
     save_every: float = 60.0,
     ray: str | None = None,
     part: tuple[int, int] | None = None,
+    keep: float | None = None,
+    every: int | None = None,
+    by: str = "loss",
 ) -> Plan:
     """What `train` would do with the same arguments; writes nothing. Raises as `train` does."""
     grid = as_grid(grid)
     _check(out, workers, resume, checkpoints, save_every, part)
+    halving = _halving(keep, every, by, part)
     cluster = connect(ray, workers) if ray is not None and ray != "local" else None  # none is started for a plan
     directory, options, reason = _options(grid, out, engine, precision, resume, checkpoints, save_every, cluster)
     directory.expected = dict(zip(content_hashes(grid, options), grid, strict=True))
     saved = directory.newest_states(directory.expected, verify=False) if resume else {}
-    return make_plan(grid, options, reason, saved, workers, cluster.machine() if cluster else this_machine(), part)
+    rungs = Rungs(directory, directory.expected, halving, fresh=not resume) if halving else None
+    machine = cluster.machine() if cluster else this_machine()
+    return _plan(grid, options, reason, saved, workers, machine, part, rungs)
 
 
 def train(
@@ -57,6 +65,9 @@ def train(
     save_every: float = 60.0,
     ray: str | None = None,
     part: tuple[int, int] | None = None,
+    keep: float | None = None,
+    every: int | None = None,
+    by: str = "loss",
     quiet: bool = False,
     console: Console | None = None,
 ) -> Run:
@@ -81,6 +92,9 @@ def train(
             all see `out`; `workers` is then how many tasks at a time, "auto" as many as there is room for.
         part: (i, n) trains the i-th of n parts of the grid, i from 0: for array tasks, which may run at the same time
             in one directory. Whoever finishes last has the whole table.
+        keep, every, by: every so many steps the best share `keep` of the models that can be compared goes on, by their
+            "loss" or by their monosemantic neurons, "mono" (`fastmono.halving`). The others have the status "stopped";
+            a later call without `keep` trains them to their end.
         quiet: show nothing; the log file is written all the same.
         console: where to show progress; by default standard error.
 
@@ -96,6 +110,7 @@ def train(
     """
     grid = as_grid(grid)
     _check(out, workers, resume, checkpoints, save_every, part)
+    halving = _halving(keep, every, by, part)
     cluster = connect(ray, workers) if ray is not None else None
     arguments = (out, engine, precision, resume, checkpoints, save_every, cluster)
     _options(grid, *arguments)  # before anything is made or deleted
@@ -118,7 +133,9 @@ def train(
         if resume:
             others = directory.newest_states(set(hashes).difference(own), verify=False)
             saved = others | directory.newest_states(own)
-        plan = make_plan(grid, options, reason, saved, workers, cluster.machine() if cluster else this_machine(), part)
+        rungs = Rungs(directory, directory.expected, halving, fresh=not resume) if halving else None
+        machine = cluster.machine() if cluster else this_machine()
+        plan = _plan(grid, options, reason, saved, workers, machine, part, rungs)
         if plan.disk > (free := free_space(directory.path)):
             raise ValueError(
                 f"the run needs {plan.disk / 2**30:,.1f} GiB of disk, and {free / 2**30:,.1f} GiB are free in "
@@ -126,12 +143,35 @@ def train(
             )
         if not resume:  # last of all: a run that cannot be trained costs no earlier one
             directory.clear()
-        Session(directory, plan, on_checkpoint, None if quiet else console or Console(stderr=True), cluster).run(
-            lock.descriptors
-        )
+        console = None if quiet else console or Console(stderr=True)
+        Session(directory, plan, on_checkpoint, console, cluster, rungs).run(lock.descriptors)
     finally:
         lock.release()
     return Run(directory.path)
+
+
+def _halving(keep: float | None, every: int | None, by: str, part: tuple[int, int] | None) -> Halving | None:
+    """The three arguments as one; None where halving is not asked for."""
+    if keep is None:
+        if every is not None or by != "loss":
+            raise ValueError("every and by: say when models stop, and need keep, the share of them that goes on")
+        return None
+    if every is None:
+        raise ValueError(f"keep={keep!r}: needs every, the steps after which that share of the models goes on")
+    if part is not None:
+        raise ValueError("part and keep: which models go on is decided over all of them, and a part sees only its own")
+    return Halving(keep, every, by)
+
+
+def _plan(
+    grid: Grid, options: Options, reason: str, saved: Mapping[str, Saved], workers: int | str, machine: Machine,
+    part: tuple[int, int] | None, rungs: Rungs | None,
+) -> Plan:  # fmt: skip
+    """The plan of all that is left, and what halving is expected to leave of it."""
+    if rungs is None:
+        return make_plan(grid, options, reason, saved, workers, machine, part)
+    plan = make_plan(grid, options, reason, saved, workers, machine, without=rungs.stopped)
+    return dataclasses.replace(plan, forecast=rungs.forecast(saved, ()))
 
 
 def as_grid(grid: Grid | ModelSpec) -> Grid:

@@ -18,13 +18,14 @@ from rich.console import Console
 from fastmono.events import EventLog
 from fastmono.executor import Dispatcher, InProcess, Pool, Stop
 from fastmono.files import turn
+from fastmono.halving import Forecast, Rungs
 from fastmono.monitor import GpuMonitor
 from fastmono.on_ray import Cluster, RayTasks
-from fastmono.plan import Plan
+from fastmono.plan import Plan, shards_to
 from fastmono.processes import Processes, visible_devices
 from fastmono.progress import Progress, duration
 from fastmono.run import Run
-from fastmono.shards import describe, part_name
+from fastmono.shards import Shard, describe, part_name
 from fastmono.status import BEAT_SECONDS, Heartbeat
 from fastmono.store import RunDirectory, checkpoint_steps
 from fastmono.tables import Telemetry, write_tables
@@ -41,13 +42,15 @@ class Session:
 
     def __init__(
         self, directory: RunDirectory, plan: Plan, on_checkpoint: OnCheckpoint | None, console: Console | None,
-        cluster: Cluster | None,
+        cluster: Cluster | None, rungs: Rungs | None,
     ) -> None:  # fmt: skip
         self.directory, self.plan, self.on_checkpoint, self.cluster = directory, plan, on_checkpoint, cluster
-        self.stop = Stop()
+        self.rungs, self.stop = rungs, Stop()
         self.statuses = {
             name: "pending" if steps_left(spec, plan.saved.get(name)) else "done" for spec, name in plan.items()
         }
+        if rungs is not None:
+            self.statuses |= {name: "stopped" for name in rungs.stopped if self.statuses[name] == "pending"}
         self.own = {name for shard in plan.shards for name in shard.hashes}
         self.numbers = {name: i for i, name in enumerate(plan.hashes)}
         self.failures: list[str] = []
@@ -63,7 +66,8 @@ class Session:
         more = self.monitor.line if self.monitor else str
         part = f"-{part_name(plan.part)}" if plan.part else ""
         log = EventLog(directory.path / f"events{part}.jsonl", lambda text: self.progress.show(text))
-        self.progress = Progress(plan.model_steps, plan.flops, log, console, more, len(plan.shards))
+        left = plan.forecast or plan
+        self.progress = Progress(left.model_steps, left.flops, log, console, more, len(plan.shards))
         self.heartbeat = Heartbeat(directory.path / f"status{part}.json")
         self.doing: dict[int, str] = {}
 
@@ -101,7 +105,8 @@ class Session:
                 if plan.part is None:
                     self._write_tables()
                 if plan.shards:
-                    Dispatcher(self.directory, plan.shards, self._pool(descriptors), self._hear, self.stop).run()
+                    shards, then = (plan.shards, tuple) if self.rungs is None else ((), self._next_shards)
+                    Dispatcher(self.directory, shards, self._pool(descriptors), self._hear, self.stop, then).run()
                 self._settle()
                 counted = Counter(self.statuses.values())
                 said = ", ".join(f"{count} {status}" for status, count in counted.items())
@@ -191,6 +196,21 @@ class Session:
         self.progress.update(event)
         self._say()
 
+    def _next_shards(self) -> Sequence[Shard]:
+        """What follows when all models have come to a rung of successive halving."""
+        assert self.rungs is not None
+        failed = [name for name, status in self.statuses.items() if status == "failed"]
+        return self.rungs.next_shards(functools.partial(shards_to, self.plan), failed, self._halved)
+
+    def _halved(self, rung: int, stopped: list[str], left: Forecast) -> None:
+        models = [self.numbers[name] for name in stopped]
+        self.statuses |= dict.fromkeys(stopped, "stopped")
+        said = f"step {rung:,}: {len(models)} models fall behind and stop"
+        self.progress.log("halved", said, show=True, step=rung, models=models)
+        self.progress.expect(left.model_steps, left.flops)
+        self._await_no_more(stopped)
+        self._reach(0, ())
+
     def _say(self) -> None:
         """Tell the heartbeat, and write the tables, when it is time to."""
         now = time.monotonic()
@@ -255,7 +275,7 @@ def describe_plan(plan: Plan) -> str:
     return (
         f"{len(plan.grid)} models, {plan.finished} finished; engine {plan.options.engine}, precision "
         f"{plan.options.precision} ({plan.reason}); {len(plan.shards)} shards, {plan.workers} workers; "
-        f"{plan.model_steps:,} model-steps left"
+        f"{(plan.forecast or plan).model_steps:,} model-steps left"
     )
 
 

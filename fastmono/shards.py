@@ -17,7 +17,7 @@ from fastmono.block import shape_class
 from fastmono.philox import stream_key
 from fastmono.spec import Grid, ModelSpec
 from fastmono.store import RunDirectory, Saved, block_id
-from fastmono.trainer import BlockJob, Options, jobs_by_step, steps_left
+from fastmono.trainer import BlockJob, Options, jobs_by_step
 
 
 @dataclass(frozen=True)
@@ -44,23 +44,23 @@ class Shard:
     def flops(self) -> int:
         """Operations left."""
         return sum(
-            steps_left(spec, saved) * spec.flops_per_step
+            steps * spec.flops_per_step
             for job in self.jobs
-            for spec, saved in zip(job.specs, job.saved, strict=True)
+            for spec, steps in zip(job.specs, job.steps_left(), strict=True)
         )
 
     @property
     def model_steps(self) -> int:
         """Updates left."""
-        return sum(steps_left(*item) for job in self.jobs for item in zip(job.specs, job.saved, strict=True))
+        return sum(steps for job in self.jobs for steps in job.steps_left())
 
     def only(self, hashes: Sequence[str], saved: Mapping[str, Saved]) -> Shard | None:
         """Those of its models that are named and have steps left, from where they are now; None when none has."""
         wanted, jobs = set(hashes), []
         for job in self.jobs:
             models = zip(job.specs, job.hashes, strict=True)
-            jobs += jobs_by_step((spec, name, saved.get(name)) for spec, name in models if name in wanted)
-        made = dataclasses.replace(self, jobs=tuple(job for job in jobs if any(map(steps_left, job.specs, job.saved))))
+            jobs += jobs_by_step(((spec, name, saved.get(name)) for spec, name in models if name in wanted), job.until)
+        made = dataclasses.replace(self, jobs=tuple(job for job in jobs if any(job.steps_left())))
         return dataclasses.replace(made, seconds=self.seconds * made.flops / max(self.flops, 1)) if made.jobs else None
 
 
@@ -71,6 +71,7 @@ def encode_shard(directory: RunDirectory, shard: Shard, options: Options) -> str
             "specs": [spec.to_dict() for spec in job.specs],
             "hashes": job.hashes,
             "saved": [None if saved is None else dataclasses.asdict(saved) for saved in job.saved],
+            "until": job.until,
         }
         for job in shard.jobs
     ]
@@ -85,6 +86,7 @@ def decode_shard(line: str) -> tuple[RunDirectory, list[BlockJob], Options]:
             tuple(ModelSpec.from_dict(spec) for spec in block["specs"]),
             tuple(block["hashes"]),
             tuple(None if saved is None else Saved(**saved) for saved in block["saved"]),
+            block["until"],
         )
         for block in task["blocks"]
     ]

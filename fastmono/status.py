@@ -22,6 +22,7 @@ from typing import Any
 
 from fastmono.events import read_events
 from fastmono.files import BadFile, printable, read_json, write_bytes
+from fastmono.halving import stopped_at
 from fastmono.plan import content_hashes
 from fastmono.store import RunDirectory
 from fastmono.trainer import Options, steps_left
@@ -124,6 +125,7 @@ def status_lines(path: str | Path) -> Iterator[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         saved = directory.newest_states(hashes, verify=False)
+    stopped = stopped_at(directory)
     counted: Counter[str] = Counter()
     steps = []
     for spec, name in zip(grid, hashes, strict=True):
@@ -133,11 +135,12 @@ def status_lines(path: str | Path) -> Iterator[str]:
         elif state.diverged_step is not None:
             counted["diverged"] += 1
         elif steps_left(spec, state):
-            counted["begun"] += 1
+            counted["stopped" if stopped.get(name) == state.step else "begun"] += 1
             steps.append(state.step)
         else:
             counted["done"] += 1
-    said = ", ".join(f"{counted[kind]} {kind}" for kind in ("done", "diverged", "begun", "not begun") if counted[kind])
+    kinds = ("done", "diverged", "stopped", "begun", "not begun")
+    said = ", ".join(f"{counted[kind]} {kind}" for kind in kinds if counted[kind])
     yield f"{directory.path}: {len(grid)} models, {said}; engine {about['engine']}, {about['precision']}"
     if steps:
         yield f"saved in training: steps {min(steps):,} to {max(steps):,}"

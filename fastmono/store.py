@@ -4,6 +4,7 @@
     models.csv           one row a model: spec, status, results
     telemetry.csv        what is not a result: worker, seconds, rate, energy
     history.safetensors  losses, and every measure at every checkpoint
+    halving.json         which models have stopped, where that was asked for (halving.py)
     events.jsonl         one JSON line an event
     status.json          how the run is doing: its process, and a beat every few seconds
     lock                 held by whoever trains in the directory
@@ -43,7 +44,7 @@ from fastmono.files import (
     write_bytes,
     write_tensors,
 )
-from fastmono.layout import LOG_EVERY, SCHEMA, check_header, check_shapes
+from fastmono.layout import LOG_EVERY, SCHEMA, check_header, check_shapes, n_checkpoints
 from fastmono.metrics import NAMES
 from fastmono.spec import Grid, ModelSpec
 
@@ -192,7 +193,7 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Delete a run's files, and nothing else that lies in the directory."""
-        for name in ("grid.json", "models.csv", "telemetry.csv", "history.safetensors"):
+        for name in ("grid.json", "models.csv", "telemetry.csv", "history.safetensors", "halving.json"):
             (self.path / name).unlink(missing_ok=True)
         for pattern in ("events*.jsonl", "status*.json", "lock-*"):
             for file in self.path.glob(pattern):
@@ -299,7 +300,7 @@ class RunDirectory:
                 file.path.unlink(missing_ok=True)
 
     def restore(self, spec: ModelSpec, saved: Saved) -> tuple[Model, Tensor, Tensor]:
-        """A model as it was saved, with its losses [n_logged] and measures [n_checkpoints, n_measures]."""
+        """A model as it was saved, its losses [n_logged], its measures at checkpoints [n_checkpoints, n_measures]."""
         path, row = self.checkpoints / Path(saved.path).name, saved.row
         if self._newest_read[0] != saved.path:
             file = TensorFile(path)
@@ -324,7 +325,8 @@ class RunDirectory:
         except (KeyError, ValueError) as error:
             raise BadFile(path, f"does not fit its model: {error}") from None
         model.diverged_step = saved.diverged_step
-        return model, tensors["losses"].clone(), tensors["measures"].clone()
+        measures = tensors["measures"][: n_checkpoints(saved.step, spec.steps)]
+        return model, tensors["losses"].clone(), measures.clone()
 
 
 def free_space(path: Path) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmono.files import BadFile, TensorFile, write_tensors
-from fastmono.layout import SCHEMA, is_whole
+from fastmono.layout import SCHEMA, is_whole, n_checkpoints
 from fastmono.metrics import NAMES
 from fastmono.rows import COLUMNS, TELEMETRY, read_csv, result_row, write_csv
 from fastmono.spec import LARGEST_STEPS, Grid
@@ -48,8 +48,9 @@ def write_tables(
             # A state holds what was logged so far: the beginning of the model's own steps.
             columns = torch.searchsorted(all_logged, logged[spec.steps][: len(own_losses)])
             losses[i, columns] = own_losses
-            columns = torch.searchsorted(all_checkpoints, checkpoints[spec.steps][: len(own_measures)])
-            measures[i, columns] = own_measures
+            at_checkpoints = own_measures[: n_checkpoints(state.step, spec.steps)]  # one that rests has a row more
+            columns = torch.searchsorted(all_checkpoints, checkpoints[spec.steps][: len(at_checkpoints)])
+            measures[i, columns] = at_checkpoints
         status = "diverged" if diverged is not None else statuses[name]
         rows.append(result_row(spec, status, own_losses, own_measures, diverged))
     history = {

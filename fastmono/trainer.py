@@ -47,21 +47,27 @@ class BlockJob:
     specs: tuple[ModelSpec, ...]
     hashes: tuple[str, ...]
     saved: tuple[Saved | None, ...]
+    until: int | None = None
+    """The step at which those that have more are measured, saved, and left for a decision about them; None: none."""
 
     def part(self, which: slice) -> BlockJob:
         """Some of the models."""
-        return BlockJob(self.specs[which], self.hashes[which], self.saved[which])
+        return BlockJob(self.specs[which], self.hashes[which], self.saved[which], self.until)
+
+    def steps_left(self) -> list[int]:
+        """Updates that each of its models still gets."""
+        return [steps_left(*model, self.until) for model in zip(self.specs, self.saved, strict=True)]
 
 
-def jobs_by_step(models: Iterable[SavedModel]) -> list[BlockJob]:
+def jobs_by_step(models: Iterable[SavedModel], until: int | None = None) -> list[BlockJob]:
     """Models of one shape class as blocks, one for each step that some of them are at, without those at their end."""
 
     def step(model: SavedModel) -> int:
         return model[2].step if model[2] else 0
 
-    left = sorted((model for model in models if step(model) < model[0].steps), key=step)
-    groups = [list(group) for _, group in itertools.groupby(left, step)]
-    return [BlockJob(*(tuple(column) for column in zip(*group, strict=True))) for group in groups]
+    left = sorted((model for model in models if step(model) < end(model[0], until)), key=step)
+    columns = [zip(*group, strict=True) for _, group in itertools.groupby(left, step)]
+    return [BlockJob(specs, hashes, saved, until) for specs, hashes, saved in columns]
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,9 @@ class BlockTrainer:
             self._checkpoint(self.parts, 0)
         steps_a_call = 1
         while training := [part for part in self.parts if not part.done]:
+            if block.step == self.job.until:
+                self._rest(training)
+                return True
             if self.should_stop():
                 self._save(training)
                 return False
@@ -167,15 +176,15 @@ class BlockTrainer:
             steps_a_call = max(1, min(max(2 * n, steps_a_call), int(n * SECONDS_A_CALL / max(seconds, 1e-9))))
             if self._checkpoints(training):
                 last_save = time.monotonic()
-            elif time.monotonic() - last_save >= self.options.save_every:
+            elif time.monotonic() - last_save >= self.options.save_every and block.step != self.job.until:
                 self._save([part for part in training if not part.done])
                 last_save = time.monotonic()
             self._progress(n, trained, seconds)
         return True
 
     def _cuts(self, training: Sequence[Part]) -> list[int]:
-        """The steps that no call of the engine passes: what comes next of the powers of two, and each part's last."""
-        return [1 << self.block.step.bit_length(), *(part.steps for part in training)]
+        """The steps that no call of the engine passes: the next power of two, and where each part ends."""
+        return [1 << self.block.step.bit_length(), *(end(part.models[0].spec, self.job.until) for part in training)]
 
     def _log(self, training: Sequence[Part], n: int, losses: torch.Tensor) -> None:
         for part in training:
@@ -212,13 +221,16 @@ class BlockTrainer:
                 if model.diverged_step is None:
                     model.snapshot.copy_(model.parameters)
             if step > 0:
-                part.history.measures.append(torch.tensor([self._measure(m) for m in part.models], dtype=torch.float64))
+                part.history.measures.append(self._measures(part))
             kept, last = keeps_checkpoint(self.options.checkpoints, step, part.steps), step == part.steps
             if kept:
                 self.directory.write_checkpoint(part.models, part.hashes, step)
             self.directory.write_state(part.models, part.hashes, step, part.history)
             part.done = last
             self.report({"kind": "checkpoint", "step": step, "models": part.hashes, "kept": kept, "last": last})
+
+    def _measures(self, part: Part) -> torch.Tensor:
+        return torch.tensor([self._measure(model) for model in part.models], dtype=torch.float64)
 
     def _measure(self, model: Model) -> list[float]:
         if model.diverged_step is not None:
@@ -227,6 +239,17 @@ class BlockTrainer:
         if model.P2 is not None:
             params["P2"] = model.P2
         return measure(params, model.spec, self.held_out)
+
+    def _rest(self, training: Sequence[Part]) -> None:
+        """Save those that will go on later, or not at all: between two checkpoints with one more row of measures, which
+        whoever continues them leaves out."""
+        step = self.block.step
+        if step & (step - 1) == 0:
+            return  # a checkpoint: all is written
+        self.engine.fetch(self.block)
+        for part in training:
+            history = BlockHistory(part.history.losses, [*part.history.measures, self._measures(part)])
+            self.directory.write_state(part.models, part.hashes, step, history)
 
     def _save(self, training: Sequence[Part]) -> None:
         self.engine.fetch(self.block)
@@ -255,11 +278,16 @@ class BlockTrainer:
         )
 
 
-def steps_left(spec: ModelSpec, saved: Saved | None) -> int:
-    """Updates that a model still needs; none when it has diverged."""
+def end(spec: ModelSpec, until: int | None) -> int:
+    """The step a model trains to: its last, or one before it."""
+    return spec.steps if until is None else min(until, spec.steps)
+
+
+def steps_left(spec: ModelSpec, saved: Saved | None, until: int | None = None) -> int:
+    """Updates that a model still needs to its last step, or to one before it; none when it has diverged."""
     if saved is None:
-        return spec.steps
-    return 0 if saved.diverged_step is not None else spec.steps - saved.step
+        return end(spec, until)
+    return 0 if saved.diverged_step is not None else max(0, end(spec, until) - saved.step)
 
 
 def train_blocks(
@@ -290,7 +318,7 @@ def train_blocks(
             saved = directory.newest_states(job.hashes)
             models = [(spec, name, saved.get(name)) for spec, name in zip(job.specs, job.hashes, strict=True)]
             # Parts of the block may have come to their end, or been saved, before others.
-            waiting[:0] = [*jobs_by_step(models[:half]), *jobs_by_step(models[half:])]
+            waiting[:0] = [*jobs_by_step(models[:half], job.until), *jobs_by_step(models[half:], job.until)]
         except Exception as error:
             whole = False
             event = {"kind": "block failed", "models": list(job.hashes), "text": describe_failure(error)}

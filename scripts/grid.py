@@ -92,6 +92,12 @@ def make_parser() -> Parser:
         "--ray", nargs="?", const="local", metavar="ADDRESS", help="train in a Ray cluster; without ADDRESS in one here"
     )
     run.add_argument("--part", type=part, metavar="I/N", help="train part I of N, from 0: one array task's share")
+    share = reader(real, "a number between 0 and 1")
+    run.add_argument(
+        "--keep", type=share, metavar="SHARE", help="train on only the best share of comparable models, and"
+    )
+    run.add_argument("--every", type=reader(int, "a whole number of steps"), metavar="N", help="so do every N steps,")
+    run.add_argument("--by", default="loss", metavar="WHAT", help="by loss, or by mono: monosemantic neurons")
     run.add_argument("--status", metavar="DIR", help="print how the run in DIR is doing, and stop")
     run.add_argument("--checkpoints", default="all", metavar="WHICH", help="which to keep: all, last or none")
     seconds = reader(real, "a number of seconds, at least 0")
@@ -129,18 +135,24 @@ def print_plan(console: Console, plan: Plan, out: str) -> None:
     for field, values in plan.grid.axes.items():
         shown = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values[:12])
         console.print(f"  {field:15s} {shown}{', ...' if len(values) > 12 else ''}")
+    left = plan.forecast or plan
     blocks = sum(len(shard.jobs) for shard in plan.shards)
     shards, workers = count(len(plan.shards), "shard"), count(plan.workers, "worker")
     rows = {
         "models": f"{len(plan.grid)}, of which {plan.finished} are finished",
         "engine": f"{options.engine}, {options.precision} ({plan.reason})",
         "schedule": f"{count(blocks, 'block')} in {shards} on {workers}",
-        "work": f"{plan.model_steps:,} model-steps, {operations(plan.flops)}",
-        "expected time": duration(plan.seconds),
+        "work": f"{left.model_steps:,} model-steps, {operations(left.flops)}",
+        "expected time": duration(plan.seconds * left.flops / max(plan.flops, 1)),
         "memory": gib(plan.memory),
         "disk": f"{gib(plan.disk)} (checkpoints kept: {options.checkpoints})",
         "directory": out,
     }
+    if plan.forecast is not None:
+        rungs = [f"{n:,} at step {step:,}" for step, n in plan.forecast.stops]
+        more = f", ... ({len(rungs)} rungs)" if len(rungs) > 8 else ""
+        spared = f"{operations(plan.flops - left.flops)} less than all to their end"
+        rows["stopping"] = f"{', '.join(rungs[:8]) or 'no model any more'}{more}; {spared}"
     print_rows(console, [*rows.items(), *describe_here(plan, out)])
 
 
@@ -214,6 +226,9 @@ def run_command(argv: list[str], errors: Console) -> int:
         "save_every": arguments.save_every,
         "ray": arguments.ray,
         "part": arguments.part,
+        "keep": arguments.keep,
+        "every": arguments.every,
+        "by": arguments.by,
     }
     with warnings_shown(console) as failures:
         if arguments.plan is not None:

@@ -75,6 +75,17 @@ def test_directories_of_commands_from_before_there_were_all_fields_keep_their_na
     assert grid_script.chosen_grid(arguments)[1] == "demo-f8b4f792"
 
 
+def test_the_plan_shows_how_many_models_stop_where_and_what_that_spares(capsys):
+    assert main(["--keep", "1/2", "--every", "1024", "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    spec = fm.preset("demo")[0]
+    stops = {1024: 6, 2048: 3, 3072: 1, 4096: 1}  # of twelve rivals
+    spared = sum(n * (spec.steps - step) for step, n in stops.items())
+    assert f"work {12 * spec.steps - spared:,} model-steps" in said
+    assert "stopping 6 at step 1,024, 3 at step 2,048, 1 at step 3,072, 1 at step 4,096; " in said
+    assert f"{spared * spec.flops_per_step / 1e12:,.2f} TFLOP less" in said
+
+
 def test_the_same_command_continues_and_trains_nothing_twice(capsys):
     command = [*TINY, "--out", "run", "--no-plots"]
     assert main(command) == 0
@@ -116,6 +127,16 @@ def test_a_diverged_model_is_a_result(capsys):
         (["--part", "3/3"], "part=3/3: must be I/N"), (["--part", "x"], "--part: 'x': must be I/N"),
         (["--part", "0/2", "--no-resume"], "discard what others have trained"),
         (["--status", "nowhere"], "nowhere/grid.json: there is no such file"),
+        (["--keep", "0.5"], "keep=0.5: needs every"), (["--every", "64"], "need keep"), (["--by", "mono"], "need keep"),
+        (["--keep", "2", "--every", "64"], "keep=2.0: must be a number between 0 and 1"),
+        (["--keep", "half", "--every", "64"], "--keep: 'half': must be a number between 0 and 1"),
+        (["--keep", "nan", "--every", "64"], "keep=nan: must be"),
+        (["--keep", "0", "--every", "64"], "keep=0.0: must be"),
+        (["--keep", "0.5", "--every", "15"], "every=15: must be a whole number of steps from 16"),
+        (["--keep", "0.5", "--every", "1.5"], "--every: '1.5': must be a whole number of steps"),
+        (["--keep", "0.5", "--every", "8192"], "would stop nothing"),
+        (["--keep", "0.5", "--every", "64", "--by", "luck"], "by='luck': must be one of loss, mono"),
+        (["--keep", "0.5", "--every", "64", "--part", "0/2"], "a part sees only its own"),
     ],
 )  # fmt: skip
 def test_bad_arguments_end_in_exit_code_2_and_one_line(flags, said, capsys):
