@@ -182,21 +182,22 @@ def _tangent(parts: Parts) -> tuple[Tensor, Tensor]:
     return (W_out * slope) @ parts.params["W_in"][poly], W_out @ parts.phi(b[poly])
 
 
-def _fit(parts: Parts) -> tuple[Tensor, Tensor]:
-    """The least-squares A [o, m] and constant [o] of y_p on x, on fresh samples."""
+def least_squares(parts: Parts, constant: bool = True) -> tuple[Tensor, Tensor]:
+    """The least-squares A [o, m] and constant [o] of y_p on x, on fresh samples; without `constant` that is 0."""
     sampler, P, poly = FeatureSampler(parts.spec), parts.params["P"], parts.split.polysemantic
     W_in, b, W_out = parts.params["W_in"][poly], parts.params["b"][poly], parts.params["W_out"][:, poly]
-    m = parts.spec.d_embed
-    gram = torch.zeros(m + 1, m + 1, dtype=torch.float64)
-    cross = torch.zeros(m + 1, parts.spec.d_output, dtype=torch.float64)
+    m, width = parts.spec.d_embed, parts.spec.d_embed + constant
+    gram = torch.zeros(width, width, dtype=torch.float64)
+    cross = torch.zeros(width, parts.spec.d_output, dtype=torch.float64)
     for first in range(EVALUATION_SAMPLES, EVALUATION_SAMPLES + FIT_SAMPLES, TILE):
         x = sampler.evaluation(first, TILE).double() @ P.T
         y = parts.phi(x @ W_in.T + b) @ W_out.T
-        x = torch.cat((x, torch.ones_like(x[:, :1])), 1)
+        if constant:
+            x = torch.cat((x, torch.ones_like(x[:, :1])), 1)
         gram += x.T @ x
         cross += x.T @ y
     solution = torch.linalg.lstsq(gram, cross, driver="gelsd").solution  # rare features leave it without full rank
-    return solution[:-1].T, solution[-1]
+    return solution[:m].T, solution[m:].sum(0)  # no row: 0
 
 
 class _Share:
@@ -222,7 +223,7 @@ class _Share:
 def linear_part(parts: Parts) -> LinearPart:
     """Linearise the polysemantic neurons, compare their maps with the identity's (section 5), and measure losses."""
     spec, p, poly = parts.spec, parts.params, parts.split.polysemantic
-    tangent, fit = (_linear_map(parts, *found) for found in (_tangent(parts), _fit(parts)))
+    tangent, fit = (_linear_map(parts, *found) for found in (_tangent(parts), least_squares(parts)))
     T, mean = best_linear_map(parts), feature_moments(parts)[0]
     best_constant = target_mean(parts) - T @ mean
     average = fit.map @ mean + fit.constant

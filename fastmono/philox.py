@@ -46,6 +46,7 @@ class Purpose(IntEnum):
     NEGATIVE_FEATURES = 4
     EVALUATION_FEATURES = 5
     NEGATIVE_EVALUATION_FEATURES = 6
+    ROUND_SEED = 7
 
 
 Word = int | Tensor
