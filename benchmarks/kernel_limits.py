@@ -9,31 +9,33 @@ For one model-step of the paper's shape in bf16, with the tiles that the engine 
     cache       bytes that the tiles read and write, most of them from the second-level cache
 
 Floors: done over the rate of an 8192^3 product, memory over the copy bandwidth, both as measured elsewhere on an H100
-(design figures, not this project's); cache over a nominal 5.5 TB/s. The largest of a kernel's three is what limits it.
+(design figures, not this project's); cache over a nominal 5.5 TB/s; the sampler's integer operations, 25 a word, over
+64 lanes of 132 multiprocessors at 1.755 GHz. The largest of a kernel's floors is what limits it.
 `share` is the useful operations of the whole step at the product rate over the sum of the floors, kernel after kernel.
 """
 
 from __future__ import annotations
 
-import csv
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.tables import RESULTS, write_csv
 from fastmono.engines.launch import Launch, choose_launch
 from fastmono.spec import ModelSpec
 
-OUT = Path(__file__).resolve().parent / "results" / "kernel_limits.csv"
-PRODUCT, COPY, CACHE = 798e12, 3.0e12, 5.5e12
-"""Operations a second in bf16, and bytes a second from memory and from cache."""
+OUT = RESULTS / "kernel_limits.csv"
+PRODUCT, COPY, CACHE, INTEGER = 798e12, 3.0e12, 5.5e12, 64 * 132 * 1.755e9
+"""Operations a second in bf16, bytes a second from memory and from cache, integer operations a second."""
+A_WORD = 25
+"""Integer operations of a feature: a quarter of Philox's ten rounds, conversion and comparison."""
 SHARING = 12
 """Models that share a stream: the projection is done once for all of them."""
 COLUMNS = (
     "kernel", "useful_GFLOP", "done_GFLOP", "memory_MB", "cache_MB", "product_us", "memory_us", "cache_us",
-    "limited_by",
+    "integer_us", "limited_by",
 )  # fmt: skip
 
 
@@ -46,32 +48,40 @@ class Work:
     done: float
     memory: float
     cache: float
+    integer: float = 0.0
 
     def floors(self) -> dict[str, float]:
         """Seconds that each limit alone would take."""
-        return {"product": self.done / PRODUCT, "memory": self.memory / COPY, "cache": self.cache / CACHE}
+        return {
+            "product": self.done / PRODUCT,
+            "memory": self.memory / COPY,
+            "cache": self.cache / CACHE,
+            "integer": self.integer / INTEGER,
+        }
 
 
 def works(spec: ModelSpec, launch: Launch, size: int = 2) -> list[Work]:
     """The streamed kernels' work for one model-step; operands of `size` bytes."""
     B, N, k, o, M = spec.batch_size, spec.n_features, spec.n_neurons, spec.d_output, launch.M
     rows, outputs, back = -(-B // launch.BR), -(-o // launch.BO), -(-o // launch.BP)
-    row_parts, neurons = -(-B // launch.rows), -(-k // launch.BK)
+    row_parts, neurons = -(-B // launch.rows), -(-k // launch.BL)
     weights, numbers = k * (M + o), k * (M + o + 1)
-    x, e = B * M, B * o
+    x, e, h, tau = size * B * M, size * B * o, size * B * k, 4 * B * o
     partial_gradients = 4 * row_parts * (k * o + back * k * (M + 1))
+    again = 0 if spec.activation == "relu" else back * 2 * B * k * M  # z, where its derivative does not follow from h
     return [
         Work(
-            "project", 0.0, 2 * B * N * M / SHARING, size * x / SHARING, size * (x + rows * N * M) / SHARING,
+            "project", 0.0, 2 * B * N * M / SHARING, (x + tau) / SHARING,
+            (x + tau + size * -(-B // launch.BS) * N * M) / SHARING, A_WORD * B * N / SHARING,
         ),
         Work(
-            "forward", 2 * B * weights, 2 * B * k * (outputs * M + o), size * (x / SHARING + weights + e),
-            size * (outputs * x + rows * (outputs * k * M + k * o) + e),
+            "forward", 2 * B * weights, 2 * B * k * (outputs * M + o), (x + tau) / SHARING + size * weights + h + e,
+            outputs * x + tau + size * rows * (outputs * k * M + k * o) + h + e,
         ),
         Work(
-            "backward", 4 * B * weights - 2 * B * k * M, 4 * B * k * (back * M + o),
-            size * (x / SHARING + weights + e) + partial_gradients,
-            size * neurons * (back * x + e) + partial_gradients,
+            "backward", 4 * B * weights - 2 * B * k * M, 4 * B * k * o + back * 2 * B * k * M + again,
+            x / SHARING + size * weights + h + e + partial_gradients,
+            neurons * (back * x + e) + back * h + row_parts * size * k * o + partial_gradients,
         ),
         Work("moments", 0.0, 0.0, partial_gradients + 20 * numbers, partial_gradients + 20 * numbers),
         Work("apply", 0.0, 0.0, 16 * numbers + size * weights, 16 * numbers + size * weights),
@@ -97,7 +107,7 @@ def table(found: list[Work]) -> list[dict[str, object]]:
     return rows
 
 
-def share(found: list[Work], limits: tuple[str, ...] = ("product", "memory", "cache")) -> float:
+def share(found: list[Work], limits: tuple[str, ...] = ("product", "memory", "cache", "integer")) -> float:
     """Useful operations at the product rate over the sum of the kernels' largest floors among `limits`."""
     useful = sum(work.useful for work in found) / PRODUCT
     return useful / sum(max(work.floors()[name] for name in limits) for work in found)
@@ -115,13 +125,10 @@ def main() -> int:
     console = Console(width=120)
     console.print(shown)
     console.print(
-        f"share of the product rate that the whole step can reach: {share(found, ('product',)):.2f} by its products "
-        f"alone, {share(found, ('product', 'memory')):.2f} with memory, {share(found):.2f} with the cache"
+        f"share of the product rate that the whole step can reach: {share(found, ('product',)):.2f} by its products, "
+        f"{share(found, ('product', 'memory')):.2f} with memory, {share(found):.2f} with the cache and the sampler"
     )
-    with OUT.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(OUT, COLUMNS, rows)
     return 0
 
 

@@ -4,8 +4,9 @@
     python -m benchmarks.kernel_resources --check            some of them again, compared with that file
 
 One row for each kernel, variant and architecture: registers, bytes of stack (spills), shared memory, the instruction
-expected to multiply, how often each such instruction occurs, how many loads take 16 bytes, and the barriers between
-the phases of the resident kernel. No GPU is needed; not for a process in interpreter mode.
+expected to multiply, how often each such instruction occurs, how many loads take 16 bytes, how many the copy engine
+makes, and the barriers between the phases of the resident kernel. No GPU is needed; not for a process in interpreter
+mode.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from fastmono.kernels import backward, forward, project, resident, update
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.tables import RESULTS, write_csv
 from fastmono.engines.launch import Launch, choose_launch
 
 ARCHITECTURES = (80, 90, 100)
-TABLE = Path(__file__).resolve().parent / "results" / "kernel_resources.csv"
+TABLE = RESULTS / "kernel_resources.csv"
 LARGEST_SHARED = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448}
 """Bytes of shared memory one program may have. sm_86 and sm_89 have less than sm_80, and its settings."""
 SHAPES = {  # N, m, k, o, B
@@ -43,7 +45,8 @@ OPERAND = {"bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}
 KEY = ("kernel", "shape", "precision", "task", "activation", "optimizer", "architecture")
 UNITS = ("HGMMA", "HMMA", "tcgen05")
 COLUMNS = (
-    *KEY, "num_warps", "registers", "stack", "shared", "expected", *UNITS, "FFMA", "LDG128", "barriers", "triton",
+    *KEY, "num_warps", "registers", "stack", "shared", "expected", *UNITS, "FFMA", "LDG128", "UTMALDG", "barriers",
+    "triton",
 )  # fmt: skip
 INT64 = {"p_models", "p_diverged", "p_step", "p_seeds", "p_last"}
 
@@ -79,7 +82,7 @@ TASKS = ({"task": "reprojector"}, {"task": "abs"})
 ACTIVATIONS = ({"activation": "gelu"}, {"activation": "solu"})
 OPTIMIZERS = ({"optimizer": "adamw"}, {"optimizer": "sgd"})
 OTHERS = {  # what else than the default changes a kernel's code
-    "project": TASKS, "forward": (*TASKS, *ACTIVATIONS), "backward": ACTIVATIONS, "moments": (), "apply": OPTIMIZERS,
+    "project": TASKS, "forward": ACTIVATIONS, "backward": ACTIVATIONS, "moments": (), "apply": OPTIMIZERS,
     "resident": (*TASKS, *ACTIVATIONS, *OPTIMIZERS),
 }  # fmt: skip
 
@@ -106,7 +109,7 @@ def checked() -> list[Variant]:
         Variant("forward", "published", "fp32"),
         Variant("resident", "demo", "bf16", task="abs"),
         Variant("resident", "tiny", "bf16", optimizer="sgd"),
-        Variant("forward", "published", "bf16", task="reprojector"),
+        Variant("project", "published", "bf16", task="reprojector"),
         Variant("backward", "published", "bf16", activation="gelu"),
         Variant("apply", "published", "bf16", optimizer="adamw"),
     ]
@@ -134,7 +137,7 @@ def pointer_type(name: str, precision: str) -> str:
         return "*i64"
     if name == "p_bad":
         return "*i32"
-    if name in ("p_P", "p_P2", "p_x", "p_e", "p_q_in", "p_q_out"):
+    if name in ("p_P", "p_P2", "p_x", "p_h", "p_e", "p_q_in", "p_q_out"):
         return OPERAND[precision]
     if name in ("p_W_in", "p_W_out"):
         return OPERAND[precision]
@@ -146,10 +149,14 @@ def signature(kernel: Any, variant: Variant, launch: Launch) -> tuple[dict[str, 
     constants = {
         "TASK": variant.task, "ACTIVATION": variant.activation, "OPTIMIZER": variant.optimizer,
         "PRECISION": variant.precision, "M": launch.M, "BN": launch.BN, "BR": launch.BR, "BK": launch.BK,
-        "BO": launch.BO, "BB": launch.BB, "BP": launch.BP, "BA": launch.BA,
+        "BO": launch.BO, "BB": launch.BB, "BP": launch.BP, "BA": launch.BA, "BULK": launch.bulk,
     }  # fmt: skip
-    if variant.kernel == "backward":
-        constants |= {"BR": launch.BB, "BO": launch.BP}
+    if variant.kernel == "project":
+        constants |= {"BR": launch.BS}
+    elif variant.kernel == "backward":
+        constants |= {"BR": launch.BB, "BK": launch.BL, "BO": launch.BP}
+    elif variant.kernel in ("moments", "apply"):
+        constants |= {"BO": launch.BU}
     updates = variant.kernel in ("moments", "apply", "resident")
     types, values = {}, {}
     for name in kernel.arg_names:
@@ -202,6 +209,7 @@ def resources(variant: Variant, architecture: int) -> dict[str, Any]:
         "shared": compiled.metadata.shared, "expected": expected_instruction(variant, architecture),
         "HGMMA": count(r"\bHGMMA\b"), "HMMA": count(r"\bHMMA\."), "tcgen05": count(r"\bUTC[A-Z]*MMA"),
         "FFMA": count(r"\bFFMA\b"), "LDG128": count(r"\bLDG(?:STS)?\.[A-Z.]*128"),
+        "UTMALDG": count(r"\bUTMALDG\b"),
         "barriers": phase_barriers(code) if variant.kernel == "resident" else 0, "triton": triton.__version__,
     }  # fmt: skip
 
@@ -224,7 +232,8 @@ def differences(row: dict[str, Any], table: list[dict[str, str]]) -> list[str]:
         found.append(f"{name}: rounds its operands")
     if row["expected"] and not row[row["expected"]]:
         found.append(f"{name}: has no {row['expected']}")
-    if row["shape"] == "published" and row["kernel"] != "project" and not row["LDG128"]:  # rows of W_out, e and dW_out
+    wide = row["UTMALDG"] if row["kernel"] == "backward" and row["architecture"] != "sm_80" else row["LDG128"]
+    if row["shape"] == "published" and row["kernel"] != "project" and not wide:  # rows of W_out, tau, e and dW_out
         found.append(f"{name}: reads nothing 16 bytes at a time")
     phases = 4 if row["optimizer"] == "sgd" else 5  # one barrier after each, and one after the loss is written
     if row["kernel"] == "resident" and row["barriers"] != phases + 1:
@@ -266,11 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows_of(variants()):
         rows.append(row)
         print("  ".join(str(row[name]).rjust(9) for name in COLUMNS[:-1]), flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(arguments.out, COLUMNS, rows)
     return 0
 
 

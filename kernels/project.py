@@ -1,9 +1,11 @@
-"""Sampling and projection: the embeddings of a batch, which never meets memory itself.
+"""Sampling and projection: a batch is drawn once, and what later phases need of it is stored.
 
-    x = f P^T                    and, for the reprojector,    tau = f P2^T
+    x = f P^T          tau = f (decoder), |f| (abs), f P2^T (reprojector)
+
+Drawing f again where the residual is formed would cost more than reading tau: a draw is about 30 integer operations.
 
 B samples   N features   m embedding dimensions, M its tile (a power of two, at least 16; P is zero beyond m)
-BR rows (samples) a tile   BN features a chunk
+BR rows (samples) a tile   BN features a chunk   LO length of a row of tau in memory
 """
 
 import triton
@@ -11,45 +13,49 @@ import triton.language as tl
 
 from .philox import features
 from .products import operand, product
-from .tables import row_start
+from .tables import row_start, whole_rows
 
 
 @triton.jit
 def project_tile(
-    seed, step, row0, p_last, p_scale, p_P, p_P2, p_x, p_tau, N, B,
+    seed, step, row0, p_last, p_scale, p_P, p_P2, p_x, p_tau, N, B, LO,
     TASK: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Rows row0 to row0 + BR of one stream's x [B, M] (as an operand) and tau [B, M] (float32; reprojector only).
+    """Rows row0 to row0 + BR of one stream's x [B, M] (as an operand) and tau [B, LO] (float32).
 
     p_P, p_P2: the projections transposed, [N, M], as operands.
     """
     i_r, i_m = row0 + tl.arange(0, BR), tl.arange(0, M)
+    m_r = (i_r < B)[:, None]
+    p_row = p_tau + i_r.to(tl.int64)[:, None] * LO
     x = tl.zeros([BR, M], tl.float32)
     tau = tl.zeros([BR, M], tl.float32)
     for n0 in range(0, N, BN):
         i_n = n0 + tl.arange(0, BN)
-        f = operand(features(seed, step, row0, n0, p_last, p_scale, N, TASK == "abs", BR, BN), PRECISION)
+        drawn = features(seed, step, row0, n0, p_last, p_scale, N, TASK == "abs", BR, BN)
+        f = operand(drawn, PRECISION)
         o_P = row_start(n0, M) + tl.arange(0, BN)[:, None] * M + i_m[None, :]
         m_P = (i_n < N)[:, None]
         x = product(f, tl.load(p_P + o_P, mask=m_P, other=0.0), x, PRECISION)  # [BR, BN] @ [BN, M] -> [BR, M]
         if TASK == "reprojector":
             tau = product(f, tl.load(p_P2 + o_P, mask=m_P, other=0.0), tau, PRECISION)
-    o_x = i_r.to(tl.int64)[:, None] * M + i_m[None, :]
-    m_x = (i_r < B)[:, None]
-    tl.store(p_x + o_x, operand(x, PRECISION), mask=m_x)
+        else:
+            tl.store(p_row + i_n[None, :], tl.abs(drawn) if TASK == "abs" else drawn, mask=m_r & (i_n < LO)[None, :])
+    tl.store(p_x + i_r.to(tl.int64)[:, None] * M + i_m[None, :], operand(x, PRECISION), mask=m_r)
     if TASK == "reprojector":
-        tl.store(p_tau + o_x, tau, mask=m_x)
+        tl.store(p_row + i_m[None, :], tau, mask=m_r & (i_m < LO)[None, :])
 
 
-@triton.jit(do_not_specialize=["N", "B", "first"])
+@triton.jit(do_not_specialize=["N", "B", "LO", "first"])
 def project_kernel(
-    p_step, p_seeds, p_last, p_scale, p_P, p_P2, p_x, p_tau, N, B, first,
+    p_step, p_seeds, p_last, p_scale, p_P, p_P2, p_x, p_tau, N, B, LO, first,
     TASK: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles, streams): each stream's batch is drawn once, for all models that share it."""
+    LO = whole_rows(LO)
     stream = (first + tl.program_id(1)).to(tl.int64)
     project_tile(
         tl.load(p_seeds + stream), tl.load(p_step), tl.program_id(0) * BR,
         p_last + stream * N, p_scale + stream * N, p_P + stream * N * M, p_P2 + stream * N * M,
-        p_x + stream * B * M, p_tau + stream * B * M, N, B, TASK, PRECISION, M, BR, BN,
+        p_x + stream * B * M, p_tau + stream * B * LO, N, B, LO, TASK, PRECISION, M, BR, BN,
     )  # fmt: skip

@@ -19,34 +19,34 @@ from .update import N_NORMS, apply_tile, finish_model, moments_tile
 
 @triton.jit(noinline=True)
 def project_phase(
-    seed, step, p_last, p_scale, p_P, p_P2, p_x, p_tau, N, B,
+    seed, step, p_last, p_scale, p_P, p_P2, p_x, p_tau, N, B, LO,
     TASK: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """x [B, M], and tau for the reprojector, of all samples."""
+    """x [B, M] and tau [B, LO] of all samples."""
     for row0 in range(0, B, BR):
-        project_tile(seed, step, row0, p_last, p_scale, p_P, p_P2, p_x, p_tau, N, B, TASK, PRECISION, M, BR, BN)
+        project_tile(seed, step, row0, p_last, p_scale, p_P, p_P2, p_x, p_tau, N, B, LO, TASK, PRECISION, M, BR, BN)
 
 
 @triton.jit(noinline=True)
 def forward_phase(
-    seed, step, p_last, p_scale, p_x, p_tau, p_W_in, p_b, p_W_out, p_e, p_loss, k, o, N, B, LO,
-    TASK: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    p_x, p_tau, p_W_in, p_b, p_W_out, p_h, p_e, p_loss, k, o, B, LO, LB,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """e [B, LO] of all samples, and the parts of the loss, [row tiles, output tiles]."""
+    """h^T [k, LB], e [B, LO] of all samples, and the parts of the loss, [row tiles, output tiles]."""
     tiles = tl.cdiv(o, BO)
     for row0 in range(0, B, BR):
         for tile in range(tiles):
             loss = forward_tile(
-                seed, step, row0, tile * BO, p_last, p_scale, p_x, p_tau, p_W_in, p_b, p_W_out, p_e, k, o, N, B, LO,
-                TASK, ACTIVATION, PRECISION, M, BR, BK, BO,
+                row0, tile, tiles, p_x, p_tau, p_W_in, p_b, p_W_out, p_h, p_e, k, o, B, LO, LB,
+                ACTIVATION, PRECISION, M, BR, BK, BO, False,
             )  # fmt: skip
             tl.store(p_loss + row0 // BR * tiles + tile, loss)
 
 
 @triton.jit(noinline=True)
 def backward_phase(
-    half_l1, p_x, p_W_in, p_b, p_W_out, p_e, p_dW_in, p_db, p_dW_out, rows, k, o, B, LO,
+    half_l1, p_x, p_W_in, p_b, p_W_out, p_h, p_e, p_dW_in, p_db, p_dW_out, rows, k, o, B, LO, LB,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
@@ -54,8 +54,8 @@ def backward_phase(
     for k0 in range(0, k, BK):
         for tile in range(tl.cdiv(o, BO)):
             backward_tile(
-                0, B, k0, tile * BO, half_l1, p_x, p_W_in, p_b, p_W_out, p_e, p_dW_in + tile * rows * M,
-                p_db + tile * rows, p_dW_out, k, B, LO, ACTIVATION, PRECISION, M, BB, BK, BO,
+                0, B, k0, tile * BO, half_l1, p_x, p_W_in, p_b, p_W_out, p_h, p_e, p_dW_in + tile * rows * M,
+                p_db + tile * rows, p_dW_out, k, LO, LB, ACTIVATION, PRECISION, M, BB, BK, BO, False,
             )  # fmt: skip
 
 
@@ -89,33 +89,30 @@ def apply_phase(
 
 
 NUMBERS = [
-    "n_steps", "rate_stride", "in_parts", "rows", "loss_parts", "loss_stride", "chunks", "o", "N", "B", "LO", "first",
+    "n_steps", "rate_stride", "in_parts", "rows", "loss_parts", "loss_stride", "chunks", "o", "N", "B", "LO", "LB",
+    "first",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def resident_kernel(
     p_models, p_factors, p_diverged, p_step, p_seeds, p_last, p_scale, p_P, p_P2, p_rates, p_corrections,
-    p_x, p_tau, p_e, p_loss, p_bad, p_norms, p_losses, p_dW_in, p_db, p_dW_out,
+    p_x, p_tau, p_h, p_e, p_loss, p_bad, p_norms, p_losses, p_dW_in, p_db, p_dW_out,
     p_W_in, p_b, p_W_out, p_q_in, p_q_out, p_m_in, p_m_b, p_m_out, p_v_in, p_v_b, p_v_out,
-    n_steps, rate_stride, unit, in_parts, rows, loss_parts, loss_stride, chunks, o, N, B, LO, first,
+    n_steps, rate_stride, unit, in_parts, rows, loss_parts, loss_stride, chunks, o, N, B, LO, LB, first,
     TASK: tl.constexpr, ACTIVATION: tl.constexpr, OPTIMIZER: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr,
     BP: tl.constexpr, BB: tl.constexpr, BA: tl.constexpr,
 ):  # fmt: skip
-    """Grid (models). Scratch for each model: x, tau [B, M], e [B, LO], loss [loss_parts], bad [chunks], norms, and the
-    gradients' parts: dW_in [in_parts, rows, M], db [in_parts, rows], dW_out [rows, LO]."""
-    LO = whole_rows(LO)
+    """Grid (models). Scratch for each model: x [B, M], tau and e [B, LO], h^T [k, LB], loss [loss_parts], bad [chunks],
+    norms, and the gradients' parts: dW_in [in_parts, rows, M], db [in_parts, rows], dW_out [rows, LO]."""
+    LO, LB = whole_rows(LO), whole_rows(LB)
     model = (first + tl.program_id(0)).to(tl.int64)
-    k = tl.load(p_models + model * N_FIELDS + K).to(tl.int32)
     row = tl.load(p_models + model * N_FIELDS + ROW)
     stream = tl.load(p_models + model * N_FIELDS + STREAM)
-    seed, half_l1 = tl.load(p_seeds + stream), tl.load(p_factors + model * N_FACTORS + HALF_L1)
-    decay = tl.load(p_factors + model * N_FACTORS + BIAS_FACTOR)
-    steps = tl.load(p_models + model * N_FIELDS + STEPS)
     i, out = row * M, row * LO
     p_last, p_scale, p_P, p_P2 = p_last + stream * N, p_scale + stream * N, p_P + stream * N * M, p_P2 + stream * N * M
-    p_x, p_tau, p_e = p_x + model * B * M, p_tau + model * B * M, p_e + model * B * LO
+    p_x, p_tau, p_e, p_h = p_x + model * B * M, p_tau + model * B * LO, p_e + model * B * LO, p_h + row * LB
     p_loss, p_bad, p_norms = p_loss + model * loss_stride, p_bad + model * chunks, p_norms + model * chunks * N_NORMS
     p_W_in, p_b, p_W_out, p_q_in, p_q_out = p_W_in + i, p_b + row, p_W_out + out, p_q_in + i, p_q_out + out
     p_m_in, p_m_b, p_m_out = p_m_in + i, p_m_b + row, p_m_out + out
@@ -126,17 +123,21 @@ def resident_kernel(
     for t in range(n_steps):
         step = first_step + t
         if is_active(p_models, p_diverged, model, step):
+            # Numbers of a model are read in each step, most where they are used: held from step to step they spill.
+            k = tl.load(p_models + model * N_FIELDS + K).to(tl.int32)
             project_phase(
-                seed, step, p_last, p_scale, p_P, p_P2, p_x, p_tau, N, B, TASK, PRECISION, M, BR, BN
+                tl.load(p_seeds + stream), step, p_last, p_scale, p_P, p_P2, p_x, p_tau, N, B, LO,
+                TASK, PRECISION, M, BR, BN,
             )  # fmt: skip
             tl.debug_barrier()
             forward_phase(
-                seed, step, p_last, p_scale, p_x, p_tau, p_q_in, p_b, p_q_out, p_e, p_loss, k, o, N, B, LO,
-                TASK, ACTIVATION, PRECISION, M, BR, BK, BO,
+                p_x, p_tau, p_q_in, p_b, p_q_out, p_h, p_e, p_loss, k, o, B, LO, LB,
+                ACTIVATION, PRECISION, M, BR, BK, BO,
             )  # fmt: skip
             tl.debug_barrier()
             backward_phase(
-                half_l1, p_x, p_q_in, p_b, p_q_out, p_e, p_dW_in, p_db, p_dW_out, rows, k, o, B, LO,
+                tl.load(p_factors + model * N_FACTORS + HALF_L1), p_x, p_q_in, p_b, p_q_out, p_h, p_e,
+                p_dW_in, p_db, p_dW_out, rows, k, o, B, LO, LB,
                 ACTIVATION, PRECISION, M, BB, BK, BP,
             )  # fmt: skip
             tl.debug_barrier()
@@ -146,7 +147,8 @@ def resident_kernel(
                     p_v_in, p_v_b, p_v_out, p_norms, o, LO, M, BA, BO,
                 )  # fmt: skip
                 tl.debug_barrier()
-            factor = tl.where(2 * step < steps, decay, 1.0)
+            decays = 2 * step < tl.load(p_models + model * N_FIELDS + STEPS)
+            factor = tl.where(decays, tl.load(p_factors + model * N_FACTORS + BIAS_FACTOR), 1.0)
             apply_phase(
                 k, unit, tl.load(p_rates + model * rate_stride + t), tl.load(p_corrections + 2 * t),
                 tl.load(p_corrections + 2 * t + 1), factor, p_dW_in, p_db, p_dW_out, in_parts, rows,

@@ -116,10 +116,14 @@ def traffic(specs: list[ModelSpec], launch: Launch, size: int) -> dict[str, tupl
     weights, numbers = k * (M + o), k * (M + o + 1)
     partial_gradients = row_parts * (k * o + column_parts * k * (M + 1))
     projections = 2 if spec.task == "reprojector" else 1
+    h, tau, shared = B * k, 4 * B * o, streams * size * B * M
     return {
-        "project_kernel": (streams * size * (B + N) * M * projections, streams * 2 * B * N * M * projections),
-        "forward_kernel": (A * size * (B * (M + o) + weights), A * 2 * B * weights),
-        "backward_kernel": (A * (size * (B * (M + o) + weights) + 4 * partial_gradients), A * 4 * B * weights),
+        "project_kernel": (streams * (size * (B + N) * M * projections + tau), streams * 2 * B * N * M * projections),
+        "forward_kernel": (shared + streams * tau + A * size * (B * o + h + weights), A * 2 * B * weights),
+        "backward_kernel": (
+            shared + A * (size * (B * o + h + weights) + 4 * partial_gradients),
+            A * (4 * B * weights - 2 * B * k * M),
+        ),
         "moments_kernel": (A * 4 * (partial_gradients + 5 * numbers), 0),  # p, m and v read, m and v written
         "apply_kernel": (A * (16 * numbers + size * weights), 0),  # p, m and v read, p written twice
     }

@@ -20,15 +20,16 @@ def features_kernel(
 
 
 @triton.jit
-def far_rows_kernel(p_x, p_e, p_W_in, p_b, p_W_out, p_dW_in, p_db, p_dW_out, p_m, p_norms, p_bad, k0, B, LO):
+def far_rows_kernel(p_x, p_h, p_e, p_W_in, p_b, p_W_out, p_dW_in, p_db, p_dW_out, p_m, p_norms, p_bad, k0, B, LO):
     """Gradients, moments and SGD's update of 16 neurons, the last of k0 + 16. All arrays hold just their rows."""
     LO, i = whole_rows(LO), tl.cast(k0, tl.int64)
     p_W_in, p_b, p_W_out = p_W_in - i * 16, p_b - i, p_W_out - i * LO
     p_dW_in, p_db, p_dW_out = p_dW_in - i * 16, p_db - i, p_dW_out - i * LO
+    p_h = p_h - i * 32
     p_m_in, p_m_b, p_m_out = p_m - i * 16, p_m + 256 - i, p_m + 272 - i * LO
     backward_tile(
-        0, B, k0, 0, 0.0, p_x, p_W_in, p_b, p_W_out, p_e, p_dW_in, p_db, p_dW_out, k0 + 16, B, LO,
-        "relu", "fp32", 16, 16, 16, 16,
+        0, B, k0, 0, 0.0, p_x, p_W_in, p_b, p_W_out, p_h, p_e, p_dW_in, p_db, p_dW_out, k0 + 16, LO, 32,
+        "relu", "fp32", 16, 16, 16, 16, False,
     )  # fmt: skip
     moments_tile(
         k0, k0 + 16, 0.5, p_dW_in, p_db, p_dW_out, 1, 1, 16, p_W_in, p_b, p_W_out, p_m_in, p_m_b, p_m_out,

@@ -10,17 +10,30 @@ limits = pytest.importorskip("benchmarks.kernel_limits")
 
 
 def test_limits_of_the_papers_shape():
-    """By hand: tiles of 128 rows, 64 neurons and 128 outputs, so z is computed four times in each of both passes."""
+    """By hand. Forward: 32 tiles of 256 rows and 4 of 128 outputs, each of which computes z and reads W_in and W_out.
+    Backward: 8 tiles of 128 neurons and 2 of 256 outputs, each with its part of dh and dW_in, in 2 row parts."""
     spec = fm.ModelSpec()
     launch = choose_launch(90, 512, 64, 1024, 512, 8192, "bf16")
-    assert (launch.BR, launch.BK, launch.BO, launch.BP, launch.rows) == (128, 64, 128, 128, 4096)
+    assert (launch.BR, launch.BK, launch.BO) == (256, 64, 128)
+    assert (launch.BB, launch.BL, launch.BP, launch.rows) == (64, 128, 256, 4096)
     found = {work.kernel: work for work in limits.works(spec, launch)}
     assert sum(work.useful for work in found.values()) == spec.flops_per_step
     assert found["forward"].done == 2 * 8192 * 1024 * (4 * 64 + 512)
-    assert found["backward"].done == 4 * 8192 * 1024 * (4 * 64 + 512)
-    assert found["backward"].cache == 2 * 16 * 8192 * (4 * 64 + 512) + 4 * 2 * (1024 * 512 + 4 * 1024 * 65)
+    assert found["backward"].done == 2 * 8192 * 1024 * (2 * 512 + 2 * 64)
+    x, e, h, tau = 2 * 8192 * 64, 2 * 8192 * 512, 2 * 8192 * 1024, 4 * 8192 * 512
+    assert found["forward"].cache == 4 * x + tau + 2 * 32 * 1024 * (4 * 64 + 512) + h + e
+    parts = 4 * 2 * (1024 * 512 + 2 * 1024 * 65)
+    assert found["backward"].cache == 8 * (2 * x + e) + 2 * h + 2 * 2 * 1024 * 512 + parts
     assert found["apply"].memory == 16 * 1024 * 577 + 2 * 1024 * 576
-    useful = spec.flops_per_step / 798e12
-    assert limits.share(list(found.values()), ("product",)) == pytest.approx(
-        useful / (sum(work.done for work in found.values()) / 798e12)
-    )
+    # What design.md asks for, 0.60 of the product rate, is left room.
+    assert limits.share(list(found.values()), ("product",)) >= 0.85
+    assert limits.share(list(found.values())) >= 0.67
+
+
+def test_the_derivatives_of_gelu_cost_z_again():
+    shape = 512, 64, 1024, 512, 8192, "bf16"
+    done = {}
+    for activation in ("relu", "gelu"):
+        spec, launch = fm.ModelSpec(activation=activation), choose_launch(90, *shape, activation)
+        done[activation] = {work.kernel: work.done for work in limits.works(spec, launch)}
+    assert done["gelu"]["backward"] - done["relu"]["backward"] == 2 * 2 * 8192 * 1024 * 64

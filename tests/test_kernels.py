@@ -15,7 +15,7 @@ import torch
 
 import fastmono as fm
 from fastmono.block import PRECISIONS, Block
-from fastmono.engines.launch import choose_launch
+from fastmono.engines.launch import Launch, choose_launch
 from fastmono.engines.reference import ReferenceEngine
 from fastmono.philox import FeatureSampler
 
@@ -70,9 +70,9 @@ def regime(request, monkeypatch):
     """Forces a regime, whatever the shape, and small tiles, so that every loop has several turns and a remainder."""
 
     def launch(*arguments):
-        tiles = {"BR": 16, "BK": 16, "BO": 16, "BP": 16, "BB": 16, "BN": 16}
+        tiles = {name: 16 for name in Launch.__annotations__ if name[0] == "B"}
         rows = 32 if request.param == "streamed" else arguments[5]
-        return dataclasses.replace(choose_launch(*arguments), regime=request.param, rows=rows, **tiles)
+        return dataclasses.replace(choose_launch(*arguments), regime=request.param, rows=rows, bulk=rows == 32, **tiles)
 
     monkeypatch.setattr(engine_module, "choose_launch", launch)
     return request.param
@@ -162,12 +162,12 @@ def test_rows_beyond_two_to_the_31_are_found():
     """The last 16 neurons of a model of 2^20 with rows of 4096: what they do must not depend on where they stand."""
     torch.manual_seed(0)
     found = []
-    x, e = torch.randn(32, 16), torch.randn(32, 4096)
+    x, h, e = torch.randn(32, 16), torch.randn(16, 32).relu(), torch.randn(32, 4096)
     W_in, b, W_out = torch.randn(16, 16), torch.randn(16), torch.randn(16, 4096)
     for k0 in (0, 2**20):
         results = [W_in.clone(), b.clone(), W_out.clone(), torch.zeros(16, 16), torch.zeros(16), torch.zeros(16, 4096)]
         moments, norms, bad = torch.zeros(272 + 16 * 4096), torch.zeros(6), torch.full((1,), 9, dtype=torch.int32)
-        far_rows_kernel[(1,)](x, e, *results, moments, norms, bad, k0, 32, 4096)
+        far_rows_kernel[(1,)](x, h, e, *results, moments, norms, bad, k0, 32, 4096)
         assert bad == 0 and not torch.equal(results[2], W_out)
         found.append([*results, moments, norms])
     assert all(torch.equal(near, far) for near, far in zip(*found, strict=True))
@@ -206,7 +206,8 @@ def test_where_the_steps_are_cut_changes_no_bit(regime):
 def test_both_regimes_give_the_same_bits_where_their_tiles_are_the_same(monkeypatch):
     found = []
     for name in REGIMES:
-        tiles = {"BR": 16, "BK": 16, "BO": 16, "BP": 16, "BB": 16, "BN": 16, "rows": 21, "regime": name}
+        tiles = {size: 16 for size in Launch.__annotations__ if size[0] == "B"} | {"rows": 32, "regime": name}
+        tiles["bulk"] = name == "streamed"
         launch = lambda *a, tiles=tiles: dataclasses.replace(choose_launch(*a), **tiles)  # noqa: E731
         monkeypatch.setattr(engine_module, "choose_launch", launch)
         found.append(trained([BASE, BASE.replace(n_neurons=35)], 3))

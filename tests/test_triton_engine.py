@@ -69,8 +69,8 @@ def test_a_block_that_the_device_does_not_hold_is_halved(error, tmp_path, monkey
 
 @interpreted
 def test_an_old_triton_is_refused_in_one_line(monkeypatch):
-    monkeypatch.setattr(engine_module.triton, "__version__", "3.2.0")
-    with pytest.raises(ValueError, match=r"Triton 3\.2\.0 is too old; use 3\.3"):
+    monkeypatch.setattr(engine_module.triton, "__version__", "3.3.1")
+    with pytest.raises(ValueError, match=r"Triton 3\.3\.1 is too old; use 3\.4"):
         engine_module.TritonEngine("fp32")
 
 
@@ -83,6 +83,19 @@ def test_more_models_than_a_grid_may_have_go_into_several_launches(monkeypatch):
     engine = engine_module.TritonEngine("fp32")
     split, split_losses = trained(specs, 2, engine=engine)
     assert [count for _, _, count in engine._packed.groups] == [2, 1]
+    assert torch.equal(losses, split_losses)
+    assert all(torch.equal(a.parameters, b.parameters) for a, b in zip(whole.models, split.models, strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize("beside", [2, 3])
+def test_how_many_models_stand_side_by_side_changes_no_bit(beside, monkeypatch):
+    """The last row of models is not full, and what would stand there is no model."""
+    specs = [SMALL.replace(seed=i % 2, n_neurons=9 + i) for i in range(5)]
+    monkeypatch.setattr("fastmono.engines.launch.RESIDENT_BYTES", 0)
+    whole, losses = trained(specs, 2)
+    monkeypatch.setattr(engine_module, "SIDE_BY_SIDE", beside)
+    split, split_losses = trained(specs, 2)
     assert torch.equal(losses, split_losses)
     assert all(torch.equal(a.parameters, b.parameters) for a, b in zip(whole.models, split.models, strict=True))
 
@@ -134,12 +147,18 @@ def test_launch_settings_follow_from_architecture_shape_and_precision_alone():
             for precision in ("fp32", "tf32", "bf16"):
                 launch = choose_launch(architecture, *shape, precision)
                 assert launch == choose_launch(architecture, *shape, precision)
-                tiles = (launch.M, launch.BN, launch.BR, launch.BK, launch.BO, launch.BP, launch.BB, launch.BA)
+                tiles = [value for name, value in vars(launch).items() if name[0] in "BM"]
                 assert all(tile >= 16 and tile & (tile - 1) == 0 for tile in tiles)
                 # The backward pass fills all of a padded row of dW_out that the update reads.
-                assert launch.BP == launch.BO or launch.BP >= 32
+                assert launch.BP == launch.BU or launch.BP >= 32
+    # As many parts of the samples as give a model 32 backward programs, but none of less than 512 samples.
+    parts = {k: -(-8192 // choose_launch(90, 512, 64, k, 512, 8192, "bf16").rows) for k in (512, 1024, 2048)}
+    assert parts == {512: 4, 1024: 2, 2048: 2}
+    assert choose_launch(90, 512, 64, 256, 512, 2048, "bf16").rows == 512
     assert choose_launch(90, *shapes[0], "bf16").regime == "streamed"
     assert choose_launch(90, *shapes[1], "bf16").regime == "resident"
+    # A narrow layer of the paper's width sweep, 65,536 samples a step: not for one multiprocessor alone.
+    assert choose_launch(90, 512, 64, 64, 512, 2**17, "bf16").regime == "streamed"
     # What is not known gets the settings of sm_80, which fit its siblings' 99 KiB of shared memory, and a note.
     for shape in shapes:
         for precision in ("fp32", "tf32", "bf16"):

@@ -14,8 +14,12 @@ LARGEST_GRID = 65_535
 """CUDA's limit to the second and third dimension of a grid."""
 RESIDENT_BYTES = 2**18
 """Largest W_in and W_out together of a resident model."""
-ROWS_A_PART = 4096
-"""Samples whose gradient one backward program sums: a function of the shape alone, since it orders the sum."""
+RESIDENT_SCRATCH = 2**21
+"""Largest batch of one, with all that is stored of it: one multiprocessor works on it, and its share of cache ends."""
+ROWS_A_PART, FEWEST_ROWS = 4096, 512
+"""Samples whose gradient one backward program sums: at most, and at least where few tiles ask for many parts."""
+PROGRAMS_A_MODEL = 32
+"""Backward programs that a model's shape asks for: a few models then fill a GPU of 132 multiprocessors."""
 
 
 def note_on(architecture: int) -> str:
@@ -39,22 +43,52 @@ class Launch:
     """Embedding dimension, whole."""
     BN: int
     """Features a chunk of the projection."""
+    BS: int
+    """Samples a tile of the projection."""
     BR: int
-    """Samples a tile of the projection and the forward pass."""
+    """Samples a tile of the forward pass; of the projection too where one program trains a model."""
     BK: int
-    """Neurons a chunk of the forward pass, a tile of the backward pass."""
+    """Neurons a chunk of the forward pass."""
     BO: int
     """Outputs a tile of the forward pass."""
-    BP: int
-    """Outputs a tile of the backward pass."""
     BB: int
     """Samples a chunk of the backward pass."""
+    BL: int
+    """Neurons a tile of the backward pass."""
+    BP: int
+    """Outputs a tile of the backward pass."""
     BA: int
     """Neurons a chunk of the update."""
+    BU: int
+    """Outputs a piece of the update."""
     rows: int
-    """Samples of one backward program."""
+    """Samples of one backward program: a function of the model's shape alone, since it orders the sum."""
+    bulk: bool
+    """Whether the forward and backward kernels move tiles by the copy engine."""
     num_warps: int
     num_stages: int
+
+
+def streamed_tiles(architecture: int, M: int, precision: str, activation: str) -> tuple[int, ...]:
+    """BR, BK, BO and BB, BL, BP of a large model: those at which no bf16 or tf32 kernel spills, and the cache is read
+    least (docs/LOG.md, 2026-11-25; benchmarks/results/kernel_resources.csv)."""
+    generation, relu = architecture // 10, activation == "relu"
+    if M > 128:
+        return 16, 16, 16, 16, 16, 16
+    if precision == "fp32":  # on the ordinary units, with operands and sums in registers
+        return 32, 32, 32, 32, 32, 32
+    if precision == "tf32":
+        if generation in (9, 10):
+            return 128, 32, 128, 32, 64, 128
+        return 64, 32, 64, 32, 32, 64
+    if generation == 9:
+        forward = (256, 64, 128) if relu and M <= 64 else (128, 64, 256)  # both have 128 sums in each thread
+        if M > 64:
+            return *forward, 32, 64, 128
+        return *forward, 64 if relu else 32, 128, 256
+    if generation == 10:
+        return 128, 64, 256, 64, 128 if M <= 64 else 64, 128
+    return 128, 32, 128, 32, 64, 128
 
 
 def choose_launch(
@@ -62,47 +96,52 @@ def choose_launch(
 ) -> Launch:
     """Settings for a model of this shape on a CUDA architecture (90 for sm_90; 0 for the interpreter).
 
-    The numbers are those at which no bf16 or tf32 kernel spills (benchmarks/results/kernel_resources.csv).
     Raises `ValueError` where a shape cannot run.
     """
     if 0 < architecture < OLDEST_ARCHITECTURE:
         raise ValueError(f"sm_{architecture}: the triton engine needs sm_{OLDEST_ARCHITECTURE} or newer")
-    half = precision in ("bf16", "fp16")
     # 227 KiB of shared memory; all others, those not known here among them, get what fits the 99 KiB of sm_86.
     roomy = architecture // 10 in (9, 10)
+    half = precision in ("bf16", "fp16")
     largest = LARGEST_EMBEDDING if roomy or half or architecture == 0 else LARGEST_EMBEDDING // 2
     if m > largest:
         raise ValueError(f"d_embed={m}: the triton engine holds an embedding whole, in {precision} up to {largest}")
     M = power_of_two(m, 16, LARGEST_EMBEDDING)
-    resident = 4 * k * (M + o) <= RESIDENT_BYTES
-    if resident or precision == "fp32" or M > 128:
-        # float32 products run on the ordinary units, with operands and sums in registers. The phases of a resident
-        # model share one program's registers, and above 32 x 32 they spill; in a function that is not inlined, sm_100
-        # has no tensor memory either, which larger tiles would ask for.
-        row_tile, neurons, outputs, outputs_back = (32, 32, 32, 32) if M <= 128 else (16, 16, 16, 16)
-    elif half:
-        # On sm_80 a tile of the gradient, 64 x 128 float32, leaves too few registers for its operands.
-        row_tile, neurons, outputs, outputs_back = (128, 64 if roomy else 32, 128, 128)
-        if architecture // 10 == 9 and (activation != "relu" or M > 64):
-            outputs_back = 64  # their derivatives, or rows of dW_in, take the registers that 128 would need
+    resident = 4 * k * (M + o) <= RESIDENT_BYTES and 4 * B * (M + 2 * o + k) <= RESIDENT_SCRATCH
+    if resident:
+        # The phases share one program's registers, and above 32 x 32 they spill; in a function that is not inlined,
+        # sm_100 has no tensor memory either, which larger tiles would ask for. Others than relu hold z besides.
+        rows_back = 32 if activation == "relu" else 16
+        tiles: tuple[int, ...] = (32, 32, 32, rows_back, 32, 32) if M <= 128 else (16,) * 6
     else:
-        row_tile, neurons, outputs, outputs_back = (64, 32, 64, 64)
-    BB = power_of_two(B, 16, min(row_tile, 64))
-    rows = B if resident else min(-(-B // BB) * BB, ROWS_A_PART)
-    BP = power_of_two(o, 16, outputs_back)
-    if -(-B // rows) * -(-o // BP) > LARGEST_GRID:
+        tiles = streamed_tiles(architecture, M, precision, activation)
+    BR, BK, BO, BB, BL, BP = (
+        power_of_two(size, 16, tile) for size, tile in zip((B, k, o, B, k, o), tiles, strict=True)
+    )
+    if resident:
+        rows = B
+    else:
+        tiles_a_part = -(-k // BL) * -(-o // BP)
+        parts = max(-(-B // ROWS_A_PART), min(-(-PROGRAMS_A_MODEL // tiles_a_part), B // FEWEST_ROWS))
+        unit = max(BB, 32)
+        rows = -(-B // (parts * unit)) * unit
+    if max(-(-B // rows) * -(-o // BP), -(-B // BR) * -(-o // BO)) > LARGEST_GRID:
         raise ValueError(f"d_output={o}, batch_size={B}: more than {LARGEST_GRID} parts of a gradient")
     return Launch(
         regime="resident" if resident else "streamed",
         M=M,
         BN=power_of_two(N, 16, 32 if M <= 128 else 16),
-        BR=power_of_two(B, 16, row_tile),
-        BK=power_of_two(k, 16, neurons),
-        BO=power_of_two(o, 16, outputs),
-        BP=BP,
+        BS=BR if resident else min(BR, 64),
+        BR=BR,
+        BK=BK,
+        BO=BO,
         BB=BB,
+        BL=BL,
+        BP=BP,
         BA=16,
+        BU=min(BP, 128),  # where BP is 16, the backward pass does not fill a padded row
         rows=rows,
+        bulk=not resident and (roomy or architecture == 0),
         num_warps=4 if precision == "tf32" and not roomy and not resident else 8,
         num_stages=3 if architecture // 10 == 9 else 2,
     )

@@ -30,10 +30,12 @@ PARTS = ("parameters", "first_moment", "second_moment")
 STEPS_A_CALL = 1024
 """Capacity of the tables of learning rates and losses."""
 GRAPH_STEPS = 32
-OLDEST_TRITON = (3, 3)
-"""The compiler of 3.2 aborts the process at the backward kernel on sm_90."""
+SIDE_BY_SIDE = 16
+"""Models whose forward programs run at the same time: they share x and tau, and hold so many W_out in the cache."""
+OLDEST_TRITON = (3, 4)
+"""Older ones have no descriptors of tiles in memory."""
 ROW_NUMBERS = 32
-"""Rows of W_out^T are padded to 128 bytes."""
+"""Rows of W_out^T, tau, e and h^T are padded to a multiple of so many numbers."""
 N_FIELDS, N_FACTORS, N_NORMS = 4, 2, 6
 OPERAND = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,6 +59,11 @@ def last_line(error: BaseException) -> str:
     """What an error says in the end: compilers print pages before."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
+
+
+def whole_rows(numbers: int) -> int:
+    """The length of a row in memory that holds so many numbers."""
+    return -(-numbers // ROW_NUMBERS) * ROW_NUMBERS
 
 
 def scratch_parts(launches: Sequence[Launch], B: int, o: int) -> tuple[int, int, int]:
@@ -101,7 +108,7 @@ class Packed:
             else:
                 self.groups.append((launches[i], position, 1))
         self.M = launches[0].M
-        self.LO = -(-o // ROW_NUMBERS) * ROW_NUMBERS
+        self.LO, self.LB = whole_rows(o), whole_rows(B)
         self._pack_parameters()
         self._pack_streams()
         self._make_scratch(len(order), B, o)
@@ -171,7 +178,8 @@ class Packed:
         resident = any(launch.regime == "resident" for launch, _, _ in self.groups)
         batches = max(A, len(self.seeds)) if resident else len(self.seeds)
         self.x = empty(batches, B, self.M, dtype=self.operand)
-        self.tau = empty(batches, B, self.M) if self.spec.task == "reprojector" else self.scale
+        self.tau = empty(batches, B, self.LO)
+        self.h = empty(self.rows, self.LB, dtype=self.operand)
         self.e = empty(A, B, self.LO, dtype=self.operand)
         launches = [launch for launch, _, _ in self.groups]
         row_parts, parts, self.loss_parts = scratch_parts(launches, B, o)
@@ -225,7 +233,7 @@ class TritonEngine:
             raise ValueError("precision='bf16': Triton's interpreter computes it wrongly; use fp32 or tf32")
         if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
             raise ValueError(
-                f"engine='triton': Triton {triton.__version__} is too old; use 3.3 (PyTorch 2.7) or engine='cpu'"
+                f"engine='triton': Triton {triton.__version__} is too old; use 3.4 (PyTorch 2.8) or engine='cpu'"
             )
         self.precision = precision
         self.device = torch.device("cpu" if is_interpreting() else "cuda")
@@ -278,6 +286,8 @@ class TritonEngine:
             self._packed.fetch()
 
     def _run(self, packed: Packed, n: int) -> None:
+        if not is_interpreting():  # descriptors of tiles are made on the device, in memory that Triton asks us for
+            triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
         for launch, first, count in packed.groups:
             if launch.regime == "resident":
                 launch_resident(packed, launch, first, count, n)
@@ -306,7 +316,7 @@ class TritonEngine:
         spec = specs[0]
         N, m, o, B = spec.n_features, spec.d_embed, spec.d_output, spec.batch_size
         launches = [choose_launch(architecture, N, m, s.n_neurons, o, B, precision, spec.activation) for s in specs]
-        M, LO, size = launches[0].M, -(-o // ROW_NUMBERS) * ROW_NUMBERS, OPERAND[precision].itemsize
+        M, LO, size = launches[0].M, whole_rows(o), OPERAND[precision].itemsize
         rows, A = sum(s.n_neurons for s in specs), len(specs)
         row_parts, parts, loss_parts = scratch_parts(launches, B, o)
         chunks = max(-(-s.n_neurons // launch.BA) for s, launch in zip(specs, launches, strict=True))
@@ -316,7 +326,7 @@ class TritonEngine:
         streams = len({stream_key(s) for s in specs})
         batches = max(A, streams) if any(launch.regime == "resident" for launch in launches) else streams
         second = 2 if spec.task == "reprojector" else 1
-        activations = size * (A * B * LO + batches * B * M) + 4 * (second - 1) * batches * B * M
+        activations = size * (A * B * LO + rows * whole_rows(B) + batches * B * M) + 4 * batches * B * LO
         sampling = streams * (N * (second * size * M + 12) + 8)
         tables = A * (8 * N_FIELDS + 4 * N_FACTORS + 8 + 8 * STEPS_A_CALL) + 8 * STEPS_A_CALL + 16
         return state + gradients + activations + sampling + tables + 4 * A * (loss_parts + chunks * (1 + N_NORMS))
@@ -331,14 +341,14 @@ class TritonEngine:
 def launch_step(packed: Packed, groups: list[tuple[Launch, int, int]]) -> None:
     """One step of the streamed models."""
     spec, precision = packed.spec, packed.precision
-    N, o, B, M, LO = spec.n_features, spec.d_output, spec.batch_size, packed.M, packed.LO
+    N, o, B, M, LO, LB = spec.n_features, spec.d_output, spec.batch_size, packed.M, packed.LO, packed.LB
     unit, A = 2.0 / B, packed
     launch = groups[0][0]
     settings = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": False}
     for first in range(0, len(A.seeds), LARGEST_GRID):
-        project_kernel[(-(-B // launch.BR), min(LARGEST_GRID, len(A.seeds) - first))](
-            A.step, A.seeds, A.last, A.scale, A.P, A.P2, A.x, A.tau, N, B, first,
-            TASK=spec.task, PRECISION=precision, M=M, BR=launch.BR, BN=launch.BN, **settings,
+        project_kernel[(-(-B // launch.BS), min(LARGEST_GRID, len(A.seeds) - first))](
+            A.step, A.seeds, A.last, A.scale, A.P, A.P2, A.x, A.tau, N, B, LO, first,
+            TASK=spec.task, PRECISION=precision, M=M, BR=launch.BS, BN=launch.BN, **settings,
         )  # fmt: skip
     for launch, first, count in groups:
         settings = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": False}
@@ -346,16 +356,18 @@ def launch_step(packed: Packed, groups: list[tuple[Launch, int, int]]) -> None:
         row_tiles, tiles, row_parts = -(-B // launch.BR), -(-o // launch.BO), -(-B // launch.rows)
         parts = row_parts * -(-o // launch.BP)
         widest = max(model.spec.n_neurons for model in A.models[first : first + count])
-        forward_kernel[(row_tiles, tiles, count)](
-            A.table, A.diverged, A.step, A.seeds, A.last, A.scale, A.x, A.tau, q["W_in"], p["b"], q["W_outT"], A.e,
-            A.loss, o, N, B, LO, A.loss_parts, first,
-            TASK=spec.task, ACTIVATION=spec.activation, PRECISION=precision,
-            M=M, BR=launch.BR, BK=launch.BK, BO=launch.BO, **settings,
+        beside = min(count, SIDE_BY_SIDE)
+        forward_kernel[(beside, row_tiles * tiles, -(-count // beside))](
+            A.table, A.diverged, A.step, A.x, A.tau, q["W_in"], p["b"], q["W_outT"], A.h, A.e, A.loss,
+            o, B, LO, LB, A.loss_parts, tiles, first, count,
+            ACTIVATION=spec.activation, PRECISION=precision,
+            M=M, BR=launch.BR, BK=launch.BK, BO=launch.BO, BULK=launch.bulk, **settings,
         )  # fmt: skip
-        backward_kernel[(-(-widest // launch.BK), parts, count)](
-            A.table, A.factors, A.diverged, A.step, A.x, q["W_in"], p["b"], q["W_outT"], A.e, A.dW_in, A.db, A.dW_out,
-            B, LO, launch.rows, row_parts, first, A.rows,
-            ACTIVATION=spec.activation, PRECISION=precision, M=M, BR=launch.BB, BK=launch.BK, BO=launch.BP, **settings,
+        backward_kernel[(-(-widest // launch.BL), parts, count)](
+            A.table, A.factors, A.diverged, A.step, A.x, q["W_in"], p["b"], q["W_outT"], A.h, A.e,
+            A.dW_in, A.db, A.dW_out, B, LO, LB, launch.rows, row_parts, first, A.rows,
+            ACTIVATION=spec.activation, PRECISION=precision,
+            M=M, BR=launch.BB, BK=launch.BL, BO=launch.BP, BULK=launch.bulk, **settings,
         )  # fmt: skip
         m, v = A.first_moment, A.second_moment
         chunks = -(-widest // launch.BA)
@@ -363,14 +375,14 @@ def launch_step(packed: Packed, groups: list[tuple[Launch, int, int]]) -> None:
             moments_kernel[(chunks, count)](
                 A.table, A.diverged, A.step, unit, A.dW_in, A.db, A.dW_out, parts, row_parts, A.rows,
                 p["W_in"], p["b"], p["W_outT"], m["W_in"], m["b"], m["W_outT"], v["W_in"], v["b"], v["W_outT"],
-                A.norms, o, LO, A.chunks, first, M=M, BA=launch.BA, BO=launch.BO, **settings,
+                A.norms, o, LO, A.chunks, first, M=M, BA=launch.BA, BO=launch.BU, **settings,
             )  # fmt: skip
         apply_kernel[(chunks, count)](
             A.table, A.factors, A.diverged, A.step, A.rates, A.corrections, STEPS_A_CALL, unit,
             A.dW_in, A.db, A.dW_out, parts, row_parts, A.rows,
             p["W_in"], p["b"], p["W_outT"], q["W_in"], q["W_outT"],
             m["W_in"], m["b"], m["W_outT"], v["W_in"], v["b"], v["W_outT"], A.norms, A.bad, o, LO, A.chunks, first,
-            OPTIMIZER=spec.optimizer, PRECISION=precision, M=M, BA=launch.BA, BO=launch.BO, **settings,
+            OPTIMIZER=spec.optimizer, PRECISION=precision, M=M, BA=launch.BA, BO=launch.BU, **settings,
         )  # fmt: skip
         finish_kernel[(count,)](
             A.table, A.diverged, A.step, A.loss, A.bad, A.losses, STEPS_A_CALL, row_tiles * tiles, A.loss_parts,
@@ -387,11 +399,11 @@ def launch_resident(packed: Packed, launch: Launch, first: int, count: int, n_st
     p, q, m, v = A.parameters, A.operands, A.first_moment, A.second_moment
     resident_kernel[(count,)](
         A.table, A.factors, A.diverged, A.step, A.seeds, A.last, A.scale, A.P, A.P2, A.rates, A.corrections,
-        A.x, A.tau, A.e, A.loss, A.bad, A.norms, A.losses, A.dW_in, A.db, A.dW_out,
+        A.x, A.tau, A.h, A.e, A.loss, A.bad, A.norms, A.losses, A.dW_in, A.db, A.dW_out,
         p["W_in"], p["b"], p["W_outT"], q["W_in"], q["W_outT"],
         m["W_in"], m["b"], m["W_outT"], v["W_in"], v["b"], v["W_outT"],
         n_steps, STEPS_A_CALL, 2.0 / B, -(-o // launch.BP), A.rows, -(-B // launch.BR) * tiles, A.loss_parts, A.chunks,
-        o, N, B, A.LO, first,
+        o, N, B, A.LO, A.LB, first,
         TASK=spec.task, ACTIVATION=spec.activation, OPTIMIZER=spec.optimizer, PRECISION=A.precision,
         M=A.M, BN=launch.BN, BR=launch.BR, BK=launch.BK, BO=launch.BO, BP=launch.BP, BB=launch.BB, BA=launch.BA,
         num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=False,
