@@ -1,12 +1,14 @@
 """The table of what the streamed kernels can reach, against numbers by hand."""
 
 import pytest
+import torch
 
 import fastmono as fm
 from fastmono.engines.launch import choose_launch
 
 pytest.importorskip("triton", reason="the launch settings are Triton's")
 limits = pytest.importorskip("benchmarks.kernel_limits")
+empty_tiles = pytest.importorskip("benchmarks.empty_tiles")
 
 
 def test_limits_of_the_papers_shape():
@@ -37,3 +39,24 @@ def test_the_derivatives_of_gelu_cost_z_again():
         spec, launch = fm.ModelSpec(activation=activation), choose_launch(90, *shape, activation)
         done[activation] = {work.kernel: work.done for work in limits.works(spec, launch)}
     assert done["gelu"]["backward"] - done["relu"]["backward"] == 2 * 2 * 8192 * 1024 * 64
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (9, 14)])
+def test_empty_tiles_are_counted_as_by_hand(shape):
+    active = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.1
+    empty = [
+        not any(bool(active[r, c]) for r in range(r0, min(r0 + 4, shape[0])) for c in range(c0, min(c0 + 3, shape[1])))
+        for r0 in range(0, shape[0], 4)
+        for c0 in range(0, shape[1], 3)
+    ]
+    assert 0 < sum(empty) < len(empty)
+    assert empty_tiles.empty_share(active, 4, 3) == pytest.approx(sum(empty) / len(empty))
+
+
+def test_of_a_layer_without_an_active_neuron_only_z_is_left():
+    launch = choose_launch(90, 512, 64, 1024, 512, 8192, "bf16")
+    found = {work.kernel: work for work in limits.works(fm.ModelSpec(), launch)}
+    products = found["forward"].done + found["backward"].done
+    z = 2 * 8192 * 1024 * 4 * 64
+    assert empty_tiles.saved(launch, 512, 1.0, 1.0) == pytest.approx(1 - z / products)
+    assert empty_tiles.saved(launch, 512, 0.0, 0.0) == 0.0

@@ -151,6 +151,7 @@ def test_launch_settings_follow_from_architecture_shape_and_precision_alone():
                 assert all(tile >= 16 and tile & (tile - 1) == 0 for tile in tiles)
                 # The backward pass fills all of a padded row of dW_out that the update reads.
                 assert launch.BP == launch.BU or launch.BP >= 32
+                assert launch.BB <= launch.BR  # the forward pass writes all of h^T that the backward pass reads
     # As many parts of the samples as give a model 32 backward programs, but none of less than 512 samples.
     parts = {k: -(-8192 // choose_launch(90, 512, 64, k, 512, 8192, "bf16").rows) for k in (512, 1024, 2048)}
     assert parts == {512: 4, 1024: 2, 2048: 2}
