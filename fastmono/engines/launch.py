@@ -6,12 +6,15 @@ streamed   kernels over all models of a block    otherwise
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 LARGEST_EMBEDDING = 1024
 OLDEST_ARCHITECTURE = 80
 LARGEST_GRID = 65_535
 """CUDA's limit to the second and third dimension of a grid."""
+ROW_NUMBERS = 32
+"""Rows of W_out^T, tau, e and h^T are padded to a multiple of so many numbers."""
 RESIDENT_BYTES = 2**18
 """Largest W_in and W_out together of a resident model."""
 RESIDENT_SCRATCH = 2**21
@@ -144,4 +147,18 @@ def choose_launch(
         bulk=not resident and (roomy or architecture == 0),
         num_warps=4 if precision == "tf32" and not roomy and not resident else 8,
         num_stages=3 if architecture // 10 == 9 else 2,
+    )
+
+
+def whole_rows(numbers: int) -> int:
+    """The length of a row in memory that holds so many numbers."""
+    return -(-numbers // ROW_NUMBERS) * ROW_NUMBERS
+
+
+def scratch_parts(launches: Sequence[Launch], B: int, o: int) -> tuple[int, int, int]:
+    """The most parts of dW_out, of dW_in and db, and of the loss, of models with these settings."""
+    return (
+        max(-(-B // launch.rows) for launch in launches),
+        max(-(-B // launch.rows) * -(-o // launch.BP) for launch in launches),
+        max(-(-B // launch.BR) * -(-o // launch.BO) for launch in launches),
     )

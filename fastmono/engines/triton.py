@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from fastmono.block import PRECISIONS, Block, EngineError, Model, views
-from fastmono.engines.launch import LARGEST_GRID, Launch, choose_launch, note_on
+from fastmono.engines.launch import LARGEST_GRID, Launch, choose_launch, note_on, scratch_parts, whole_rows
 from fastmono.frequencies import presence_probabilities, scales, thresholds
 from fastmono.kernels.backward import backward_kernel
 from fastmono.kernels.forward import forward_kernel
@@ -34,8 +34,6 @@ SIDE_BY_SIDE = 16
 """Models whose forward programs run at the same time: they share x and tau, and hold so many W_out in the cache."""
 OLDEST_TRITON = (3, 4)
 """Older ones have no descriptors of tiles in memory."""
-ROW_NUMBERS = 32
-"""Rows of W_out^T, tau, e and h^T are padded to a multiple of so many numbers."""
 N_FIELDS, N_FACTORS, N_NORMS = 4, 2, 6
 OPERAND = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,20 +57,6 @@ def last_line(error: BaseException) -> str:
     """What an error says in the end: compilers print pages before."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
-
-
-def whole_rows(numbers: int) -> int:
-    """The length of a row in memory that holds so many numbers."""
-    return -(-numbers // ROW_NUMBERS) * ROW_NUMBERS
-
-
-def scratch_parts(launches: Sequence[Launch], B: int, o: int) -> tuple[int, int, int]:
-    """The most parts of dW_out, of dW_in and db, and of the loss, of models with these settings."""
-    return (
-        max(-(-B // launch.rows) for launch in launches),
-        max(-(-B // launch.rows) * -(-o // launch.BP) for launch in launches),
-        max(-(-B // launch.BR) * -(-o // launch.BO) for launch in launches),
-    )
 
 
 def refuse_unknown(specs: Iterable[ModelSpec]) -> None:
