@@ -64,9 +64,7 @@ def test_a_grid_file_with_a_trick_is_refused_by_name_in_one_printable_line(trick
         assert "grid.json: " in sample.read(("grid.json", reader, "whole"), GRIDS[trick](text))
 
 
-@pytest.mark.parametrize(
-    "text", ['{"a": NaN}', "[Infinity]", "[-Infinity]", '{"a": 1, "b": {"c": 1, "c": 2}}', "\\ufeff{}"]
-)
+@pytest.mark.parametrize("text", ['{"a": NaN}', "[Infinity]", "[-Infinity]", '{"b": {"c": 1, "c": 2}}', "\ufeff{}"])
 def test_json_that_is_more_than_json_is_refused(text, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(BadFile, match=r"x\.json: is not valid JSON"):
