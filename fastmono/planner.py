@@ -26,6 +26,7 @@ from fastmono.philox import stream_key
 from fastmono.plan import (
     MEMORY_SHARE,
     PROCESS_BYTES,
+    SHARD_SECONDS,
     Machine,
     Plan,
     block_bytes,
@@ -41,8 +42,6 @@ from fastmono.store import RunDirectory
 from fastmono.tables import counted
 from fastmono.trainer import Options, steps_left
 
-SHARD_SECONDS = 180.0
-"""What a shard should take, where there is so much work."""
 MOST_DEVICES = 4096
 
 Rows = list[tuple[str, str]]
@@ -276,7 +275,7 @@ def telemetry(plan: Plan, out: str | Path) -> Counted | None:
 
 def describe_here(plan: Plan, out: str | Path) -> Rows:
     """Time where plan.py knows none, and energy, on the devices at hand."""
-    rows, so_far, workers = [], telemetry(plan, out), max(len(plan.shards), 1)
+    rows, so_far, workers = [], telemetry(plan, out), max(plan.workers, 1)
     if so_far and math.isnan(plan.seconds):
         rate = so_far.flops / so_far.seconds
         text = f"{duration(plan.flops / rate / workers)}: at {rate:.3g} FLOP/s, measured in this run"

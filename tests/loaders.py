@@ -11,8 +11,10 @@ from unittest.mock import patch
 
 import fastmono as fm
 from fastmono.files import DirectoryLock
+from fastmono.halving import Halving, write_record
 from fastmono.plan import content_hashes
 from fastmono.run import Run
+from fastmono.status import status_lines
 from fastmono.store import RunDirectory
 from fastmono.tables import Telemetry, write_tables
 from fastmono.trainer import Options, steps_left
@@ -61,6 +63,12 @@ def lock(path):
             DirectoryLock(path).release()
 
 
+def status(path):
+    """What is said of a run from outside, without waiting for a sign of life."""
+    with patch("fastmono.status.PATIENCE_SECONDS", 0.0):
+        assert all(line.isprintable() for line in status_lines(path))
+
+
 def complaints(sample, reader):
     """What a reader says of a run, as an error or a warning."""
     with warnings.catch_warnings(record=True) as caught:
@@ -100,7 +108,8 @@ def whole(original):
 
 TENSOR_FILES = {"history.safetensors": load, "checkpoints/state-*": resume, "checkpoints/step-000000000004-*": load}
 KINDS = [("grid.json", load, "whole"), ("grid.json", resume, "whole"), ("models.csv", load, "whole")]
-KINDS += [("telemetry.csv", telemetry, "whole"), ("lock", lock, "whole")]
+KINDS += [("telemetry.csv", telemetry, "whole"), ("lock", lock, "whole"), ("events.jsonl", status, "whole")]
+KINDS += [("status.json", status, "whole"), ("halving.json", status, "whole")]
 KINDS += [(name, read, part) for name, read in TENSOR_FILES.items() for part in ("whole", "header", "outer header")]
 """A file, who reads it, and which part of it is replaced."""
 
@@ -111,6 +120,8 @@ class Sample:
     def __init__(self, path):
         self.path = Path(path)
         fm.train(GRID, self.path, engine="reference", workers=1, quiet=True)
+        decided = {16: {HASHES[0]: (0.5, True), HASHES[1]: (None, False)}}
+        write_record(self.path / "halving.json", Halving(0.5, 16, "loss"), decided)
         self.files = {file: file.read_bytes() for file in self.path.rglob("*") if file.is_file()}
         # What tells of the holder is there while a lock is held.
         self.files[self.path / "lock"] = json.dumps({"pid": os.getpid(), "host": "here"}).encode()
