@@ -280,7 +280,17 @@ class DirectoryLock:
 
     def _take(self, directory: Path, path: Path, shared: bool) -> None:
         descriptor = open_in_place(path, os.O_RDWR)
+        try:
+            self._wait(directory, path, descriptor, shared)
+        except BaseException:
+            os.close(descriptor)
+            raise
         self.descriptors.append(descriptor)
+        os.ftruncate(descriptor, 0)
+        if not shared:
+            os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+
+    def _wait(self, directory: Path, path: Path, descriptor: int, shared: bool) -> None:
         deadline = time.monotonic() + self.PATIENCE
         while not _try_lock(descriptor, shared):
             holder = _holder(path)
@@ -288,9 +298,6 @@ class DirectoryLock:
                 who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
                 raise BlockingIOError(f"{directory} is in use by {who}; wait for it, or stop it first")
             time.sleep(0.1)
-        os.ftruncate(descriptor, 0)
-        if not shared:
-            os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
 
     def release(self) -> None:
         """Let others use the directory. The files stay: whoever waits for one has it open already."""

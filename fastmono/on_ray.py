@@ -140,7 +140,13 @@ class RayTasks:
         """Pass on what the reports say, and the ends that Ray knows of."""
         deadline = time.monotonic() + seconds
         while self.tasks and time.monotonic() < deadline:
-            ended, _ = self.ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=POLL_SECONDS)
+            try:
+                ended, _ = self.ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=POLL_SECONDS)
+            except Exception as error:  # of a task there is none here: this is Ray itself
+                gone = (
+                    f"the Ray cluster is gone ({str(error).partition(chr(10))[0]}); the same command continues the run"
+                )
+                raise ConnectionError(gone) from None
             for reference, task in list(self.tasks.items()):
                 if reference in ended:
                     del self.tasks[reference]
@@ -170,7 +176,8 @@ class RayTasks:
     def ask_to_stop(self) -> None:
         """Cancel every task: one that has begun saves its state."""
         for reference in self.tasks:
-            self.ray.cancel(reference, force=False)
+            with suppress(Exception):  # the cluster may be gone
+                self.ray.cancel(reference, force=False)
 
     def close(self) -> None:
         """End what is still running."""

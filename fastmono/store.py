@@ -7,7 +7,8 @@
     halving.json         which models have stopped, where that was asked for (halving.py)
     events.jsonl         one JSON line an event
     status.json          how the run is doing: its process, and a beat every few seconds
-    lock                 held by whoever trains in the directory
+    lock                 held by whoever trains in the directory; lock-I-of-N by an array task
+    reports/             what the tasks of a Ray cluster say, while they run
     checkpoints/         step-<step>-<block>.safetensors    parameters after 0, 1, 2, 4, 8, ... steps and the last
                          state-<block>-<step>.safetensors   everything that continues a block, the two newest
     figures/

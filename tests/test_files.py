@@ -233,8 +233,9 @@ def holder(tmp_path):
 
 def test_a_second_process_is_refused_and_told_who_holds_the_directory(holder, tmp_path):
     started = time.monotonic()
-    with pytest.raises(BlockingIOError, match=f"in use by process {holder.pid}"):
-        train(tmp_path)
+    for _ in range(2):  # who is refused leaves the holder's name there
+        with pytest.raises(BlockingIOError, match=f"in use by process {holder.pid}"):
+            train(tmp_path)
     assert time.monotonic() - started < 5
     assert not (tmp_path / "grid.json").exists()
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from fault_cases import command, grid, processes, results, wait_for
+from fault_cases import command, grid, is_alive, job, processes, results, wait_for
 
 import fastmono as fm
 from fastmono.engines import resolve
@@ -116,6 +116,43 @@ def test_in_a_cluster_a_killed_worker_and_then_a_killed_raylet_cost_only_time(tw
     retries = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines() if '"retry"' in line]
     assert "WorkerCrashedError" in retries[0]["text"] and len(retries) >= 2, retries
     assert results(out) == results(tmp_path / "calm")
+
+
+@needs_ray
+@pytest.mark.slow
+def test_ctrl_c_in_a_ray_run_saves_the_state_of_every_task_and_leaves_no_process(tmp_path):
+    driver = subprocess.Popen(
+        command(tmp_path, "--ray", "--workers", "2", steps=10**7),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: list(tmp_path.glob("checkpoints/step-000000001024-*")))
+    offspring = processes(driver.pid, "ray")
+    driver.send_signal(signal.SIGINT)
+    _, errors = driver.communicate(timeout=120)
+    assert driver.returncode == 1 and "the state is saved" in errors.splitlines()[-1]
+    wait_for(lambda: not any(map(is_alive, offspring)))
+    saved = [int(path.stem.split("-")[2]) for path in tmp_path.glob("checkpoints/state-*")]
+    assert any(step & (step - 1) for step in saved), "only checkpoints: nothing was saved when it was asked for"
+
+
+@needs_ray
+@pytest.mark.slow
+def test_when_the_raylet_of_a_local_ray_is_killed_the_run_ends_and_the_same_command_continues_it(calm, tmp_path):
+    driver = subprocess.Popen(
+        command(tmp_path, "--ray", "--workers", "2", steps=STEPS),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for(lambda: list(tmp_path.glob("checkpoints/step-000000000064-*")))
+    (raylet,) = processes(driver.pid, "raylet/raylet")
+    os.kill(raylet, signal.SIGKILL)
+    said, _ = driver.communicate(timeout=300)
+    assert driver.returncode != 0, said
+    assert job(tmp_path, "--workers", "2", steps=STEPS).returncode == 0
+    assert results(tmp_path) == calm
 
 
 class MadeUpRay:
