@@ -15,7 +15,6 @@ from fastmono.plot_style import (
     LABELS,
     MOST_ENTRIES,
     OKABE_ITO,
-    group_models,
     model_name,
     new_figure,
     save_png,
@@ -23,6 +22,7 @@ from fastmono.plot_style import (
     titled_figure,
     varying_fields,
 )
+from fastmono.rounds_move import NUMBERS
 from fastmono.run import Run
 
 PARTS: dict[str, tuple[str, Any]] = {
@@ -48,28 +48,27 @@ def rounds_figure(run: Run, rows: Sequence[Mapping[str, Any]]) -> Figure:
         raise ValueError("rows=[]: there is no round to draw")
     specs = [run.specs[i] for i in models]
     figure, (axes,) = new_figure(13.5, 4.4, 1, 4, sharex=True)
-    many = len(models) > MOST_ENTRIES - 1  # as many as there are colours
+    part = run.subset(specs)
+    swept = [*varying_fields(part), *(["seed"] if len({spec.seed for spec in specs}) > 1 else [])]
+    many = len(models) > len(OKABE_ITO)
     handles: list[Any] = []
     for place, (i, own) in enumerate(models.items()):
         color = colormaps["viridis"](0.9 * place / len(models)) if many else OKABE_ITO[place]
         look: dict[str, Any] = {"color": color, "linewidth": 1.3, "marker": "o", "markersize": 3}
-
-        def values(name: str, rows: Sequence[Mapping[str, Any]] = own) -> list[float]:
-            return [rows[0][f"before_{name}"], *(row[f"after_{name}"] for row in rows)]
-
         at = [own[0]["round"] - 1, *(row["round"] for row in own)]
-        axes[0].plot(at, values("eval_loss"), **look)
+        values = {name: [own[0][f"before_{name}"], *(row[f"after_{name}"] for row in own)] for name in NUMBERS}
+        axes[0].plot(at, values["eval_loss"], **look)
         for row in own:
             begun = row["round"] - 1
             axes[0].plot([begun] * 2, [row["before_eval_loss"], row["moved_loss"]], ":", color=color, linewidth=1)
             axes[0].plot(begun, row["moved_loss"], "x", color=color, markersize=5)
-        axes[1].plot(at, values("mono_per_feature"), **look)
+        axes[1].plot(at, values["mono_per_feature"], **look)
         k = run.specs[i].n_neurons
-        axes[2].plot(at, [n / k for n in values("neurons_poly")], **look)
-        axes[2].plot(at, [n / k for n in values("neurons_dead")], **{**look, "linestyle": ":"})
+        axes[2].plot(at, [n / k for n in values["neurons_poly"]], **look)
+        axes[2].plot(at, [n / k for n in values["neurons_dead"]], **{**look, "linestyle": ":"})
         for name, (_, style) in PARTS.items():
-            axes[3].plot(at, values(name), **{**look, "linestyle": style})
-        handles.append(Line2D([], [], color=color, label=f"model {i}"))
+            axes[3].plot(at, values[name], **{**look, "linestyle": style})
+        handles.append(Line2D([], [], color=color, label=f"model {i}: {model_name(specs[place], swept)}".rstrip(": ")))
     axes[0].set(ylabel="loss on the evaluation stream")
     axes[1].set(ylabel=LABELS["mono_per_feature"], ylim=(0, None))
     axes[2].set(ylabel="neurons / neurons (count / k)", ylim=(0, None))
@@ -81,16 +80,10 @@ def rounds_figure(run: Run, rows: Sequence[Mapping[str, Any]]) -> Figure:
     neurons: tuple[tuple[str, Any], ...] = (("polysemantic", "-"), ("dead", ":"))
     for ax, shown in ((axes[2], neurons), (axes[3], tuple(PARTS.values()))):
         ax.legend(handles=[Line2D([], [], color="0.3", linestyle=style, label=name) for name, style in shown])
-    part = run.subset(specs)
-    names = [model_name(spec, varying_fields(part) or ["seed"]) for spec in specs]
-    if len(group_models(part, ["seed"])) > 1:
-        names = [f"{name}, seed {spec.seed}" for name, spec in zip(names, specs, strict=True)]
-    for handle, name in zip(handles, names, strict=True):
-        handle.set_label(f"{handle.get_label()}: {name}")
-    first = next(iter(models.values()))[0]
     shared = model_name(specs[0], [field for field in CAPTION if field not in part.grid.axes])
-    title = f"Successive rounds of {first['steps']} steps, linear path of rank {first['rank']}\n{shared}"
-    return titled_figure(figure, title, handles[:: max(1, len(handles) // MOST_ENTRIES)])
+    each = [", ".join(map(str, sorted({row[name] for row in rows}))) for name in ("steps", "rank")]
+    title = f"Successive rounds of {each[0]} steps with a linear path of rank {each[1]}; the models before: {shared}"
+    return titled_figure(figure, title, handles[:: -(-len(handles) // MOST_ENTRIES)])
 
 
 def save(run: Run, rows: Sequence[Mapping[str, Any]], folder: str | Path) -> Path:
