@@ -110,8 +110,8 @@ class Rungs:
             held, self.taken = read_record(self.path)
             if held != halving:
                 raise ValueError(
-                    f"{directory.path} was halved with keep={held.keep}, every={held.every}, by={held.by!r}: ask for "
-                    "the same, train all of its models (without keep), or discard that run (--no-resume)"
+                    f"{self.path}: decided with keep={held.keep}, every={held.every}, by={held.by!r}: ask for the "
+                    "same, train all models of that run (without keep), or discard it (--no-resume)"
                 )
         if not self._groups(specs, at=halving.every):
             raise ValueError(

@@ -50,7 +50,7 @@ class Session:
             name: "pending" if steps_left(spec, plan.saved.get(name)) else "done" for spec, name in plan.items()
         }
         if rungs is not None:
-            self.statuses |= {name: "stopped" for name in rungs.stopped if self.statuses[name] == "pending"}
+            self.statuses |= {name: "stopped" for name in rungs.stopped if self.statuses.get(name) == "pending"}
         self.own = {name for shard in plan.shards for name in shard.hashes}
         self.numbers = {name: i for i, name in enumerate(plan.hashes)}
         self.failures: list[str] = []

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import fastmono as fm
 from fastmono.files import DirectoryLock
-from fastmono.halving import Halving, write_record
+from fastmono.halving import Halving, Rungs, stopped_at, write_record
 from fastmono.plan import content_hashes
 from fastmono.run import Run
 from fastmono.status import status_lines
@@ -53,6 +53,13 @@ def telemetry(path):
     told.started(HASHES, 0, "a device")
     told.add(HASHES, 4, 0.5, 2.0)
     told.write()
+
+
+def decisions(path):
+    """Which models of the run have stopped, as `train` and `--status` ask."""
+    assert Rungs(RunDirectory(path), dict(zip(HASHES, GRID, strict=True)), Halving(0.5, 16)).stopped == set(
+        stopped_at(RunDirectory(path))
+    )
 
 
 def lock(path):
@@ -109,7 +116,7 @@ def whole(original):
 TENSOR_FILES = {"history.safetensors": load, "checkpoints/state-*": resume, "checkpoints/step-000000000004-*": load}
 KINDS = [("grid.json", load, "whole"), ("grid.json", resume, "whole"), ("models.csv", load, "whole")]
 KINDS += [("telemetry.csv", telemetry, "whole"), ("lock", lock, "whole"), ("events.jsonl", status, "whole")]
-KINDS += [("status.json", status, "whole"), ("halving.json", status, "whole")]
+KINDS += [("status.json", status, "whole"), ("halving.json", decisions, "whole")]
 KINDS += [(name, read, part) for name, read in TENSOR_FILES.items() for part in ("whole", "header", "outer header")]
 """A file, who reads it, and which part of it is replaced."""
 
@@ -120,8 +127,8 @@ class Sample:
     def __init__(self, path):
         self.path = Path(path)
         fm.train(GRID, self.path, engine="reference", workers=1, quiet=True)
-        decided = {16: {HASHES[0]: (0.5, True), HASHES[1]: (None, False)}}
-        write_record(self.path / "halving.json", Halving(0.5, 16, "loss"), decided)
+        record = {16: {HASHES[0]: (0.5, True), HASHES[1]: (0.75, False)}}
+        write_record(self.path / "halving.json", Halving(0.5, 16), record)
         self.files = {file: file.read_bytes() for file in self.path.rglob("*") if file.is_file()}
         # What tells of the holder is there while a lock is held.
         self.files[self.path / "lock"] = json.dumps({"pid": os.getpid(), "host": "here"}).encode()

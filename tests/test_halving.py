@@ -151,8 +151,7 @@ def test_the_measures_of_a_model_that_stopped_are_those_of_the_step_where_it_did
         assert math.isnan(row["final_loss"])
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-@pytest.mark.parametrize("rung", [0, 1])
+@pytest.mark.parametrize(("rung", "moment"), [(0, "before"), (1, "after")])
 def test_a_run_that_ends_where_a_decision_is_taken_goes_on_with_the_same_decisions(
     rung, moment, undisturbed, tmp_path, monkeypatch
 ):
@@ -171,7 +170,7 @@ def test_a_run_that_ends_where_a_decision_is_taken_goes_on_with_the_same_decisio
     assert files(halved(tmp_path)) == files(undisturbed)
 
 
-@pytest.mark.parametrize("step", [16, 32, 64])
+@pytest.mark.parametrize("step", [16, 64])
 def test_a_run_that_ends_between_two_rungs_goes_on_with_the_same_decisions(step, undisturbed, tmp_path):
     def interrupt(run, reached):
         if reached == step:
@@ -343,6 +342,6 @@ def test_other_rules_than_those_a_directory_was_halved_by_are_refused_and_discar
     specs = dict(zip(undisturbed._hashes, undisturbed.specs, strict=True))
     for changes in ({"keep": 0.25}, {"every": 32}, {"by": "mono"}):
         other = dataclasses.replace(Halving(0.5, EVERY), **changes)
-        with pytest.raises(ValueError, match=r"was halved with keep=0\.5, every=24, by='loss': ask for the same"):
+        with pytest.raises(ValueError, match=r"json: decided with keep=0\.5, every=24, by='loss': ask for the same"):
             Rungs(undisturbed.directory, specs, other)
         assert not Rungs(undisturbed.directory, specs, other, fresh=True).stopped

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from loaders import GRID, Sample, complaints, load, resume, telemetry
+from loaders import GRID, Sample, complaints, decisions, load, resume, telemetry
 
 import fastmono as fm
 from fastmono.files import BadFile, DirectoryLock, write_bytes
@@ -25,6 +25,7 @@ def take_lock(path):
 READERS = {
     "grid.json": load, "models.csv": load, "history.safetensors": load, "checkpoints/state-*": resume,
     "checkpoints/step-000000000004-*": load, "telemetry.csv": telemetry, "lock": take_lock,
+    "halving.json": decisions,
 }  # fmt: skip
 
 
