@@ -218,20 +218,33 @@ def test_a_decision_that_was_taken_stands_also_for_models_that_have_gone_on_sinc
     assert all(run.table[i]["status"] == ("done" if newest[i] == STEPS else "stopped") for i in stopped_at_24)
 
 
-def test_models_that_are_added_are_ranked_among_those_that_were_compared_before(undisturbed, tmp_path):
-    halved(tmp_path)
-    more = grid(STEPS) + grid(STEPS).override(lr=[1e-5, 0.1])  # bad ones and good ones
+@pytest.mark.parametrize("moment", ["decided", "done"])
+def test_models_that_are_added_are_ranked_among_those_compared_before_whose_decisions_stand(
+    moment, undisturbed, tmp_path, monkeypatch
+):
+    if moment == "done":
+        halved(tmp_path)
+    else:
+        real = halving.write_record
+
+        def cut(*arguments):
+            real(*arguments)
+            raise InterruptedError
+
+        with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+            patch.setattr(halving, "write_record", cut)
+            halved(tmp_path)
+    more = grid(STEPS) + grid(STEPS).override(lr=[1e-5, 0.05, 0.1])  # bad ones and good ones
     run = halved(tmp_path, grid=more)
-    before, after = stops(undisturbed), stops(run)
-    assert {i: step for i, step in after.items() if i < 8} == before
-    assert {after.get(i) == 24 for i in range(8, 16)} == {True, False}
-    record = json.loads((tmp_path / "halving.json").read_text())["rungs"]["24"]
+    first = {i for i, step in stops(run).items() if step == EVERY}
+    assert first & set(range(8)) == {i for i, step in stops(undisturbed).items() if step == EVERY}
+    assert first - set(range(8)) and set(range(8, 20)) - first
+    record = json.loads((tmp_path / "halving.json").read_text())["rungs"][str(EVERY)]
     for group in {rivals(spec) for spec in more}:
         names = [name for name, spec in zip(run._hashes, run.specs, strict=True) if rivals(spec) == group]
         best = Halving(0.5, EVERY).best([record[name][0] for name in names])
-        for i, name in enumerate(names):
-            if run._hashes.index(name) >= 8:
-                assert record[name][1] == (i in best)
+        added = [i for i, name in enumerate(names) if run._hashes.index(name) >= 8]
+        assert added and all(record[names[i]][1] == (i in best) for i in added)
 
 
 def test_models_of_other_problems_batches_or_lengths_are_not_compared(tmp_path):
