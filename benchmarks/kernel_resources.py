@@ -42,7 +42,7 @@ SHAPES = {  # N, m, k, o, B
 }
 PRECISIONS = ("bf16", "tf32", "fp32")
 OPERAND = {"bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}
-KEY = ("kernel", "shape", "precision", "task", "activation", "optimizer", "architecture")
+KEY = ("kernel", "shape", "precision", "task", "activation", "optimizer", "decay", "linear", "architecture")
 UNITS = ("HGMMA", "HMMA", "tcgen05")
 COLUMNS = (
     *KEY, "num_warps", "registers", "stack", "shared", "expected", *UNITS, "FFMA", "LDG128", "UTMALDG", "barriers",
@@ -61,6 +61,9 @@ class Variant:
     task: str = "decoder"
     activation: str = "relu"
     optimizer: str = "lamb"
+    decay: str = "global"
+    linear: int = 0
+    """1 for models with a linear path."""
 
 
 KERNELS = {
@@ -81,17 +84,19 @@ def launch_of(variant: Variant, architecture: int) -> Launch:
 TASKS = ({"task": "reprojector"}, {"task": "abs"})
 ACTIVATIONS = ({"activation": "gelu"}, {"activation": "solu"})
 OPTIMIZERS = ({"optimizer": "adamw"}, {"optimizer": "sgd"})
-OTHERS = {  # what else than the default changes a kernel's code
-    "project": TASKS, "forward": ACTIVATIONS, "backward": ACTIVATIONS, "moments": (), "apply": OPTIMIZERS,
-    "resident": (*TASKS, *ACTIVATIONS, *OPTIMIZERS),
+DECAYS = ({"decay": "per_neuron"}, {"decay": "rate"})
+LINEAR = ({"linear": 1},)
+OTHERS: dict[str, tuple[dict[str, Any], ...]] = {  # what else than the default changes a kernel's code
+    "project": TASKS, "forward": (*ACTIVATIONS, *LINEAR), "backward": (*ACTIVATIONS, *LINEAR), "moments": LINEAR,
+    "apply": (*OPTIMIZERS, *DECAYS, *LINEAR), "resident": (*TASKS, *ACTIVATIONS, *OPTIMIZERS, *DECAYS, *LINEAR),
 }  # fmt: skip
 
 
 def variants(
     shapes: tuple[str, ...] = tuple(SHAPES), precisions: tuple[str, ...] = PRECISIONS, others: bool = True
 ) -> Iterator[Variant]:
-    """Every kernel that can be chosen for these shapes; in bf16 and tf32 for each task, nonlinearity, optimizer too,
-    but for the tiny shape, whose tiles are those of the demo."""
+    """Every kernel that can be chosen for these shapes; in bf16 and tf32 for each task, nonlinearity, optimizer, mode
+    of bias decay and with a linear path too, but for the tiny shape, whose tiles are those of the demo."""
     for shape in shapes:
         for precision in precisions:
             regime = choose_launch(90, *SHAPES[shape], precision).regime
@@ -113,6 +118,8 @@ def checked() -> list[Variant]:
         Variant("project", "published", "bf16", task="reprojector"),
         Variant("backward", "published", "bf16", activation="gelu"),
         Variant("apply", "published", "bf16", optimizer="adamw"),
+        Variant("forward", "published", "bf16", linear=1),
+        Variant("resident", "tiny", "bf16", decay="rate", linear=1),
     ]
 
 
@@ -149,6 +156,7 @@ def signature(kernel: Any, variant: Variant, launch: Launch) -> tuple[dict[str, 
     """Types of the arguments, and values of the constants."""
     constants = {
         "TASK": variant.task, "ACTIVATION": variant.activation, "OPTIMIZER": variant.optimizer,
+        "DECAY": variant.decay, "LINEAR": variant.linear == 1,
         "PRECISION": variant.precision, "M": launch.M, "BN": launch.BN, "BR": launch.BR, "BK": launch.BK,
         "BO": launch.BO, "BB": launch.BB, "BP": launch.BP, "BA": launch.BA, "BULK": launch.bulk,
     }  # fmt: skip
@@ -205,7 +213,8 @@ def resources(variant: Variant, architecture: int) -> dict[str, Any]:
 
     return {
         "kernel": variant.kernel, "shape": variant.shape, "precision": variant.precision, "task": variant.task,
-        "activation": variant.activation, "optimizer": variant.optimizer, "architecture": f"sm_{architecture}",
+        "activation": variant.activation, "optimizer": variant.optimizer,
+        "decay": variant.decay, "linear": variant.linear, "architecture": f"sm_{architecture}",
         "num_warps": compiled.metadata.num_warps, "registers": registers, "stack": stack,
         "shared": compiled.metadata.shared, "expected": expected_instruction(variant, architecture),
         "HGMMA": count(r"\bHGMMA\b"), "HMMA": count(r"\bHMMA\."), "tcgen05": count(r"\bUTC[A-Z]*MMA"),

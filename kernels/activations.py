@@ -3,6 +3,7 @@
     relu  max(z, 0)              1 where z > 0
     gelu  z Phi(z)               Phi(z) + z phi(z)            Phi, phi: the normal distribution and its density
     solu  z exp(z)               (1 + z) exp(z)
+    identity, of a linear path
 
 A NaN in z must reach the loss, where divergence is seen: a plain maximum would hide it.
 """
@@ -21,6 +22,8 @@ def activate(z, ACTIVATION: tl.constexpr):
         return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "gelu":
         return 0.5 * z * (1.0 + tl.erf(z * SQRT_HALF))
+    elif ACTIVATION == "identity":
+        return z
     else:
         return z * tl.exp(z)
 

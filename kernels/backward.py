@@ -6,6 +6,8 @@ h^T is read. phi' of ReLU follows from it; for the others z is computed again. O
 dW_in and db are linear in dh, so a program that sees some of the outputs adds its part of dh, and the parts are summed
 in index order where the gradient is used.
 
+Rows of a linear path (LINEAR) have phi' = 1, no bias and no penalty.
+
 Beyond o, up to LO, W_out^T and e hold zeros, and so does dW_out^T: whole rows are read and written 16 bytes at a time.
 Beyond B, up to LB, h^T does.
 
@@ -19,18 +21,21 @@ import triton.language as tl
 
 from .activations import derivative
 from .products import operand, product
-from .tables import HALF_L1, N_FACTORS, N_FIELDS, ROW, STREAM, K, is_active, whole_rows
+from .tables import HALF_L1, N_FACTORS, N_FIELDS, STREAM, is_active, part_of, whole_rows
 from .windows import read, window, write
 
 
 @triton.jit
 def backward_tile(
-    row0, row1, k0, column0, half_l1, p_x, p_W_in, p_b, p_W_out, p_h, p_e, p_dW_in, p_db, p_dW_out, k, LO, LB,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    row0, row1, k0, column0, half_l1, linear, p_x, p_W_in, p_b, p_W_out, p_h, p_e, p_dW_in, p_db, p_dW_out, k, LO, LB,
+    ACTIVATION: tl.constexpr, LINEAR: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """One model's dW_in [BK, M], db [BK], dW_out^T [BK, BO] at neuron k0, output column0, from samples row0 to row1."""
-    i_k = k0 + tl.arange(0, BK)
+    """One model's dW_in [BK, M], db [BK], dW_out^T [BK, BO] at neuron k0, output column0, from samples row0 to row1.
+
+    linear: whether the rows are a linear path's; its db is 0.
+    """
+    i_k, i_r = k0 + tl.arange(0, BK), tl.arange(0, BR)
     m_k = i_k < k
     w_x = window(p_x, row1, M, BR, M, BULK)
     w_e = window(p_e, row1, LO, BR, BO, BULK)
@@ -40,6 +45,8 @@ def backward_tile(
         W_in = read(window(p_W_in, k, M, BK, M, BULK), k0, 0, BK, M, BULK)
         b = tl.load(p_b + i_k, mask=m_k, other=0.0)
     penalty = tl.where(column0 == 0, half_l1, 0.0)  # once, not with every part of the outputs
+    if LINEAR:
+        penalty = tl.where(linear, 0.0, penalty)
     dW_in = tl.zeros([BK, M], tl.float32)
     db = tl.zeros([BK], tl.float32)
     dW_out = tl.zeros([BK, BO], tl.float32)
@@ -49,14 +56,23 @@ def backward_tile(
         h = read(w_h, k0, r0, BK, BR, BULK)
         dh = product(W_out, tl.trans(e), tl.zeros([BK, BR], tl.float32), PRECISION)  # [BK, BO] @ [BO, BR] -> [BK, BR]
         if ACTIVATION == "relu":
-            dz = tl.where(h > 0.0, dh + penalty, 0.0)
+            active = h > 0.0
+            if LINEAR:
+                active = active | linear
+            dz = tl.where(active, dh + penalty, 0.0)
         else:
             dh += penalty * (tl.where(h > 0.0, 1.0, 0.0) - tl.where(h < 0.0, 1.0, 0.0))
             z = product(W_in, tl.trans(x), tl.zeros([BK, BR], tl.float32), PRECISION)  # [BK, M] @ [M, BR] -> [BK, BR]
-            dz = dh * derivative(z + b[:, None], ACTIVATION)
+            # Samples beyond the end have dh = 0, but b alone may be where phi' is infinite.
+            slope = derivative(tl.where((r0 + i_r < row1)[None, :], z + b[:, None], 0.0), ACTIVATION)
+            if LINEAR:
+                slope = tl.where(linear, 1.0, slope)
+            dz = dh * slope
         db += tl.sum(dz, 1)
         dW_in = product(operand(dz, PRECISION), x, dW_in, PRECISION)  # [BK, BR] @ [BR, M] -> [BK, M]
         dW_out = product(h, e, dW_out, PRECISION)  # [BK, BR] @ [BR, BO] -> [BK, BO]
+    if LINEAR:
+        db = tl.where(linear, 0.0, db)
     write(window(p_dW_in, k, M, BK, M, False), k0, 0, dW_in, BK, M, False)
     tl.store(p_db + i_k, db, mask=m_k)
     write(window(p_dW_out, k, LO, BK, BO, False), k0, column0, dW_out, BK, BO, False)
@@ -66,28 +82,27 @@ def backward_tile(
 def backward_kernel(
     p_models, p_factors, p_diverged, p_step, p_x, p_W_in, p_b, p_W_out, p_h, p_e, p_dW_in, p_db, p_dW_out,
     B, LO, LB, rows, row_parts, first, total_rows,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, LINEAR: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (neuron tiles, output tiles x row parts, models), each program `rows` samples.
+    """Grid (tiles of neurons, then of the linear path; output tiles x row parts; models), a program `rows` samples.
 
     Partial gradients, one for each part: dW_in [row parts x output tiles, total rows, M], db without M, and
     dW_out^T [row parts, total rows, LO].
     """
     LO, LB, rows = whole_rows(LO), whole_rows(LB), whole_rows(rows)
     model = (first + tl.program_id(2)).to(tl.int64)
-    k = tl.load(p_models + model * N_FIELDS + K).to(tl.int32)
-    k0 = tl.program_id(0) * BK
+    row, k, tile, linear, _ = part_of(p_models, model, tl.program_id(0), BK, LINEAR)
+    k0 = tile * BK
     if is_active(p_models, p_diverged, model, tl.load(p_step)) & (k0 < k):
         stream = tl.load(p_models + model * N_FIELDS + STREAM)
-        row = tl.load(p_models + model * N_FIELDS + ROW)
         part = tl.program_id(1) % row_parts
         both = tl.program_id(1).to(tl.int64)
         backward_tile(
             part * rows, tl.minimum((part + 1) * rows, B), k0, tl.program_id(1) // row_parts * BO,
-            tl.load(p_factors + model * N_FACTORS + HALF_L1), p_x + stream * B * M,
+            tl.load(p_factors + model * N_FACTORS + HALF_L1), linear, p_x + stream * B * M,
             p_W_in + row * M, p_b + row, p_W_out + row * LO, p_h + row * LB, p_e + model * B * LO,
             p_dW_in + (both * total_rows + row) * M, p_db + both * total_rows + row,
             p_dW_out + (part.to(tl.int64) * total_rows + row) * LO, k, LO, LB,
-            ACTIVATION, PRECISION, M, BR, BK, BO, BULK,
+            ACTIVATION, LINEAR, PRECISION, M, BR, BK, BO, BULK,
         )  # fmt: skip

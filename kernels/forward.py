@@ -2,6 +2,8 @@
 
     z = x W_in^T + b        h = phi(z)        y = h W_out^T        e = y - tau        loss = (1/B) sum e^2
 
+A linear path (LINEAR) is r further rows of W_in and W_out^T behind the k of the neurons, with h = z and b = 0.
+
 x is so much narrower than h that each tile of outputs computes z again rather than read h; the programs of a row tile
 share out the chunks of h^T that they store for the backward pass.
 
@@ -15,29 +17,22 @@ import triton.language as tl
 
 from .activations import activate
 from .products import operand, product
-from .tables import N_FIELDS, ROW, STREAM, K, is_active, whole_rows
+from .tables import N_FIELDS, RANK, ROW, STREAM, K, is_active, whole_rows
 from .windows import read, window, write
 
 
 @triton.jit
-def forward_tile(
-    row0, tile, tiles, p_x, p_tau, p_W_in, p_b, p_W_out, p_h, p_e, k, o, B, LO, LB,
+def add_outputs(
+    e, x, row0, tile, tiles, p_W_in, p_b, p_W_out, p_h, k, B, LO, LB,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """Tile `tile` of `tiles` of e [B, LO] of one model, its chunks of h^T [k, LB] (both as operands, zero beyond o and
-    B); returns the tile's sum of squares, float32."""
-    column0 = tile * BO
+    """e [BR, BO] plus what k neurons, or rows of a linear path, make of x [BR, M]; stores the tile's share of h^T."""
     i_k = tl.arange(0, BK)
     m_r = (row0 + tl.arange(0, BR) < B)[:, None]
     w_W_in = window(p_W_in, k, M, BK, M, BULK)
     w_W_out = window(p_W_out, k, LO, BK, BO, BULK)
     w_h = window(p_h, k, LB, BK, BR, BULK)
-    x = read(window(p_x, B, M, BR, M, BULK), row0, 0, BR, M, BULK)
-    # The sum begins at -tau: a tile of tau beside one of y at the end would take twice the registers.
-    tau = read(window(p_tau, B, LO, BR, BO, False), row0, column0, BR, BO, False)
-    inside = m_r & (column0 + tl.arange(0, BO) < o)[None, :]
-    e = tl.where(inside, -tau, 0.0)
     for k0 in range(0, k, BK):
         W_in = read(w_W_in, k0, 0, BK, M, BULK)
         b = tl.load(p_b + k0 + i_k, mask=k0 + i_k < k, other=0.0)
@@ -45,8 +40,35 @@ def forward_tile(
         h = operand(activate(z, ACTIVATION), PRECISION)
         if k0 // BK % tiles == tile:
             write(w_h, k0, row0, tl.trans(tl.where(m_r, h, 0.0)), BK, BR, BULK)
-        W_out = read(w_W_out, k0, column0, BK, BO, BULK)
+        W_out = read(w_W_out, k0, tile * BO, BK, BO, BULK)
         e = product(h, W_out, e, PRECISION)  # [BR, BK] @ [BK, BO] -> [BR, BO]
+    return e
+
+
+@triton.jit
+def forward_tile(
+    row0, tile, tiles, p_x, p_tau, p_W_in, p_b, p_W_out, p_h, p_e, k, rank, o, B, LO, LB,
+    ACTIVATION: tl.constexpr, LINEAR: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """Tile `tile` of `tiles` of e [B, LO] of one model, its chunks of h^T [k + rank, LB] (both as operands, zero beyond
+    o and B); returns the tile's sum of squares, float32."""
+    column0 = tile * BO
+    m_r = (row0 + tl.arange(0, BR) < B)[:, None]
+    x = read(window(p_x, B, M, BR, M, BULK), row0, 0, BR, M, BULK)
+    # The sum begins at -tau: a tile of tau beside one of y at the end would take twice the registers.
+    tau = read(window(p_tau, B, LO, BR, BO, False), row0, column0, BR, BO, False)
+    inside = m_r & (column0 + tl.arange(0, BO) < o)[None, :]
+    e = tl.where(inside, -tau, 0.0)
+    e = add_outputs(
+        e, x, row0, tile, tiles, p_W_in, p_b, p_W_out, p_h, k, B, LO, LB, ACTIVATION, PRECISION, M, BR, BK, BO, BULK
+    )  # fmt: skip
+    if LINEAR:
+        after = k.to(tl.int64)
+        e = add_outputs(
+            e, x, row0, tile, tiles, p_W_in + after * M, p_b + after, p_W_out + after * LO, p_h + after * LB, rank,
+            B, LO, LB, "identity", PRECISION, M, BR, BK, BO, BULK,
+        )  # fmt: skip
     e = tl.where(inside, e, 0.0)
     write(window(p_e, B, LO, BR, BO, BULK), row0, column0, operand(e, PRECISION), BR, BO, BULK)
     return tl.sum(e * e)
@@ -56,7 +78,7 @@ def forward_tile(
 def forward_kernel(
     p_models, p_diverged, p_step, p_x, p_tau, p_W_in, p_b, p_W_out, p_h, p_e, p_loss,
     o, B, LO, LB, parts, tiles, first, count,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, LINEAR: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """Grid (models side by side, row tiles x output tiles, as often as it takes for `count` models).
@@ -73,7 +95,8 @@ def forward_kernel(
         loss = forward_tile(
             tl.program_id(1) // tiles * BR, tl.program_id(1) % tiles, tiles,
             p_x + stream * B * M, p_tau + stream * B * LO, p_W_in + row * M, p_b + row, p_W_out + row * LO,
-            p_h + row * LB, p_e + model * B * LO, tl.load(p_models + model * N_FIELDS + K).to(tl.int32), o, B, LO, LB,
-            ACTIVATION, PRECISION, M, BR, BK, BO, BULK,
+            p_h + row * LB, p_e + model * B * LO, tl.load(p_models + model * N_FIELDS + K).to(tl.int32),
+            tl.load(p_models + model * N_FIELDS + RANK).to(tl.int32), o, B, LO, LB,
+            ACTIVATION, LINEAR, PRECISION, M, BR, BK, BO, BULK,
         )  # fmt: skip
         tl.store(p_loss + model * parts + tl.program_id(1), loss)

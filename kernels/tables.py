@@ -1,6 +1,7 @@
 """Where a model's numbers lie: the columns of the table of models, int64 [A, N_FIELDS], and of its factors.
 
-Models of different widths k share a launch: the rows of their W_in and W_out^T stand one after another.
+Models of different widths k share a launch: the rows of their W_in and W_out^T stand one after another, and behind
+those of a model its linear path's, L_in and L_out^T, as r further rows.
 """
 
 import triton
@@ -10,11 +11,13 @@ K = tl.constexpr(0)  # neurons
 ROW = tl.constexpr(1)  # first row in the packed tensors
 STREAM = tl.constexpr(2)  # which batches it sees
 STEPS = tl.constexpr(3)  # optimizer steps in all
-N_FIELDS = tl.constexpr(4)
+RANK = tl.constexpr(4)  # of the linear path
+N_FIELDS = tl.constexpr(5)
 
 HALF_L1 = tl.constexpr(0)  # l1 / 2: the penalty's gradient in units of 2/B
-BIAS_FACTOR = tl.constexpr(1)  # 1 - bias_decay lr, in the first half of training
-N_FACTORS = tl.constexpr(2)
+BIAS_FACTOR = tl.constexpr(1)  # 1 - bias_decay lr, in the first half of training; 1 where DECAY is not "global"
+STRENGTH = tl.constexpr(2)  # what the spread (per_neuron) or the rate of change (rate) is multiplied with
+N_FACTORS = tl.constexpr(3)
 
 ROW_NUMBERS = tl.constexpr(32)  # a row of W_out^T and of e is padded to a multiple of this, with zeros
 
@@ -23,6 +26,50 @@ ROW_NUMBERS = tl.constexpr(32)  # a row of W_out^T and of e is padded to a multi
 def is_active(p_models, p_diverged, model, step):
     """Whether a model still trains: it has not diverged, and has steps left."""
     return (tl.load(p_diverged + model) == 0) & (step < tl.load(p_models + model * N_FIELDS + STEPS))
+
+
+@triton.jit
+def part_of(p_models, model, tile, B: tl.constexpr, LINEAR: tl.constexpr):
+    """What the tile `tile` of B rows of a model belongs to, its neurons or, behind them, its linear path: first row of
+    that part in the packed tensors, its number of rows, the tile's number in it, whether it is the linear path, and
+    tiles before it."""
+    row = tl.load(p_models + model * N_FIELDS + ROW)
+    k = tl.load(p_models + model * N_FIELDS + K).to(tl.int32)
+    if LINEAR:
+        before = tl.cdiv(k, B)
+        linear = tile >= before
+        before = tl.where(linear, before, 0)
+        row += tl.where(linear, k, 0)
+        rank = tl.load(p_models + model * N_FIELDS + RANK).to(tl.int32)
+        return row, tl.where(linear, rank, k), tile - before, linear, before
+    else:
+        return row, k, tile, False, 0
+
+
+@triton.jit
+def part_rows(p_models, model, part: tl.constexpr):
+    """Of a model's neurons (part 0) or its linear path (1): rows before them, and how many they are."""
+    k = tl.load(p_models + model * N_FIELDS + K).to(tl.int32)
+    if part == 0:
+        return 0, k
+    else:
+        return k, tl.load(p_models + model * N_FIELDS + RANK).to(tl.int32)
+
+
+@triton.jit
+def rows_and_chunks(p_models, model, B: tl.constexpr):
+    """A model's number of neurons, and of its tiles of B rows, the linear path's included."""
+    k = tl.load(p_models + model * N_FIELDS + K).to(tl.int32)
+    return k, tl.cdiv(k, B) + tl.cdiv(tl.load(p_models + model * N_FIELDS + RANK).to(tl.int32), B)
+
+
+@triton.jit
+def decay_of(p_models, p_factors, model, step):
+    """What the bias is multiplied with at this step, and the strength of its decay in the other modes."""
+    decays = 2 * step < tl.load(p_models + model * N_FIELDS + STEPS)
+    factor = tl.load(p_factors + model * N_FACTORS + BIAS_FACTOR)
+    strength = tl.load(p_factors + model * N_FACTORS + STRENGTH)
+    return tl.where(decays, factor, 1.0), tl.where(decays, strength, 0.0)
 
 
 @triton.jit

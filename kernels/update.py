@@ -4,9 +4,11 @@
     lamb    p <- p - lr r u,   u = m / (sqrt(v) + 1e-6),   r = min(|p|, 10) / |u|, 1 where either norm is 0
     adamw   p <- (1 - .01 lr) p - (lr / c1) m / (sqrt(v) / c2 + 1e-8),   c1 = 1 - .9^t,  c2 = sqrt(1 - .999^t)
     sgd     p <- p - lr g
-    b <- b (1 - bias_decay lr) while 2 step < steps
+    b <- b (1 - bias_decay lr) while 2 step < steps; DECAY "per_neuron" and "rate": the rules of fastmono/optim.py
 
-Two passes, since LAMB needs the norms of whole tensors: `moments` over all neurons, then `apply`.
+Two passes, since LAMB needs the norms of whole tensors: `moments` over all neurons, then `apply`. A linear path is two
+tensors of its own: its chunks of rows come behind those of the neurons, with a bias that stays 0. What "rate" makes of
+b has to wait until all of W_in and W_out has changed: it is done in `finish`.
 
 BA neurons a chunk   M tile of the embedding dimension   BO outputs a piece   LO length of a row of W_out^T
 Padding has gradient 0 and stays 0: updated like the rest, so that rows are read and written 16 bytes at a time.
@@ -16,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .products import operand
-from .tables import BIAS_FACTOR, N_FACTORS, N_FIELDS, ROW, STEPS, K, is_active, row_start, whole_rows
+from .tables import N_FIELDS, ROW, decay_of, is_active, part_of, row_start, rows_and_chunks, whole_rows
 
 BETA1, BETA2 = tl.constexpr(0.9), tl.constexpr(0.999)
 REST1, REST2 = tl.constexpr(1 - 0.9), tl.constexpr(1 - 0.999)
@@ -60,7 +62,7 @@ def moments_tile(
     p_W_in, p_b, p_W_out, p_m_in, p_m_b, p_m_out, p_v_in, p_v_b, p_v_out, p_norms, o, LO,
     M: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """The moments of the neurons k0 to k0 + BA of one model, and their part of the norms, float32 [N_NORMS]."""
+    """The moments of the neurons, or rows of a linear path, k0 to k0 + BA, and their part of the norms, [N_NORMS]."""
     i_k, i_m = k0 + tl.arange(0, BA), tl.arange(0, M)
     m_k = i_k < k
     o_in = row_start(k0, M) + tl.arange(0, BA)[:, None] * M + i_m[None, :]
@@ -101,12 +103,14 @@ def apply_piece(
     p_parts, parts, stride, p_p, p_operand, p_m, p_v, offsets, mask, unit, lr, ratio, c1, c2, factor,
     OPTIMIZER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """New parameters of one piece of a tensor, also as operands; returns how many are not finite."""
+    """New parameters of one piece of a tensor, also as operands; returns those before and after."""
     if OPTIMIZER == "sgd":  # the gradient first: with p held meanwhile, sm_90 spills
         step = lr * gradient(p_parts, parts, stride, offsets, mask, unit)
-        p = tl.load(p_p + offsets, mask=mask, other=0.0) - step
+        old = tl.load(p_p + offsets, mask=mask, other=0.0)
+        p = old - step
     else:
-        p = tl.load(p_p + offsets, mask=mask, other=0.0)
+        old = tl.load(p_p + offsets, mask=mask, other=0.0)
+        p = old
         m = tl.load(p_m + offsets, mask=mask, other=0.0)
         v = tl.load(p_v + offsets, mask=mask, other=0.0)
         if OPTIMIZER == "lamb":
@@ -117,16 +121,37 @@ def apply_piece(
     p *= factor
     tl.store(p_p + offsets, p, mask=mask)
     tl.store(p_operand + offsets, operand(p, PRECISION), mask=mask)
+    return old, p
+
+
+@triton.jit
+def not_finite(p):
+    """How many numbers of a tile are not finite."""
     return tl.sum(tl.where(tl.abs(p) < float("inf"), 0, 1))  # a NaN is not below infinity
 
 
 @triton.jit
+def spread(squares, fourths, o):
+    """How far the outputs of neurons are spread over o features, from their sums of w^2 and w^4 (fastmono/optim.py)."""
+    total = tl.where(squares == 0.0, 1.0, squares)
+    share = tl.math.div_rn(tl.math.div_rn(fourths, total), total)
+    most = tl.math.div_rn(1.0, 1.0 - tl.math.div_rn(1.0, tl.maximum(o, 2).to(tl.float32)))
+    s = (1.0 - share) * most
+    s = tl.where(s < 0.0, 0.0, tl.where(s > 1.0, 1.0, s))  # a NaN stays
+    return tl.where(o == 1, 0.0, s)
+
+
+@triton.jit
 def apply_tile(
-    k0, k, unit, lr, c1, c2, factor, p_dW_in, p_db, p_dW_out, in_parts, out_parts, rows,
-    p_W_in, p_b, p_W_out, p_q_in, p_q_out, p_m_in, p_m_b, p_m_out, p_v_in, p_v_b, p_v_out, p_norms, o, LO,
-    OPTIMIZER: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
+    k0, k, unit, lr, c1, c2, factor, strength, p_dW_in, p_db, p_dW_out, in_parts, out_parts, rows,
+    p_W_in, p_b, p_W_out, p_q_in, p_q_out, p_m_in, p_m_b, p_m_out, p_v_in, p_v_b, p_v_out, p_norms, p_change, o, LO,
+    OPTIMIZER: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """Update the neurons k0 to k0 + BA of one model; returns how many parameters are not finite."""
+    """Update the neurons, or rows of a linear path, k0 to k0 + BA; returns how many parameters are not finite.
+
+    For "rate" the squares of what their weights changed by and were are written to p_change [2].
+    """
     i_k, i_m = k0 + tl.arange(0, BA), tl.arange(0, M)
     m_k = i_k < k
     chunks = tl.cdiv(k, BA)
@@ -137,32 +162,80 @@ def apply_tile(
         r_out = trust_ratio(p_norms, chunks, 2)
     o_in = row_start(k0, M) + tl.arange(0, BA)[:, None] * M + i_m[None, :]
     m_in = m_k[:, None] & (i_m < M)[None, :]
-    bad = apply_piece(
+    old_in, new_in = apply_piece(
         p_dW_in, in_parts, rows * M, p_W_in, p_q_in, p_m_in, p_v_in, o_in, m_in, unit, lr, r_in, c1, c2, 1.0,
         OPTIMIZER, PRECISION,
     )  # fmt: skip
-    bad += apply_piece(
-        p_db, in_parts, rows, p_b, p_b, p_m_b, p_v_b, i_k, m_k, unit, lr, r_b, c1, c2, factor, OPTIMIZER, "fp32"
-    )
+    bad = not_finite(new_in)
+    if DECAY == "rate":
+        change, size = tl.sum((new_in - old_in) * (new_in - old_in)), tl.sum(old_in * old_in)
+    if DECAY == "per_neuron":  # b waits for W_out
+        squares, fourths = tl.zeros([BA], tl.float32), tl.zeros([BA], tl.float32)
+    else:
+        _, new_b = apply_piece(
+            p_db, in_parts, rows, p_b, p_b, p_m_b, p_v_b, i_k, m_k, unit, lr, r_b, c1, c2, factor, OPTIMIZER, "fp32"
+        )
+        bad += not_finite(new_b)
     for c0 in range(0, o, BO):
         i_o = c0 + tl.arange(0, BO)
         o_out = row_start(k0, LO) + tl.arange(0, BA)[:, None] * LO + i_o[None, :]
         m_out = m_k[:, None] & (i_o < LO)[None, :]
-        bad += apply_piece(
+        old, new = apply_piece(
             p_dW_out, out_parts, rows * LO, p_W_out, p_q_out, p_m_out, p_v_out, o_out, m_out,
             unit, lr, r_out, c1, c2, 1.0, OPTIMIZER, PRECISION,
         )  # fmt: skip
+        bad += not_finite(new)
+        if DECAY == "rate":
+            change += tl.sum((new - old) * (new - old))
+            size += tl.sum(old * old)
+        if DECAY == "per_neuron":
+            squares += tl.sum(new * new, 1)
+            fourths += tl.sum(new * new * (new * new), 1)
+    if DECAY == "rate":
+        tl.store(p_change, change)
+        tl.store(p_change + 1, size)
+    if DECAY == "per_neuron":
+        own = tl.where(strength == 0.0, 1.0, 1.0 - strength * spread(squares, fourths, o))
+        _, new_b = apply_piece(
+            p_db, in_parts, rows, p_b, p_b, p_m_b, p_v_b, i_k, m_k, unit, lr, r_b, c1, c2, own, OPTIMIZER, "fp32"
+        )
+        bad += not_finite(new_b)
     return bad
 
 
 @triton.jit
-def finish_model(model, step, t, n_steps, p_loss, loss_parts, p_bad, bad_parts, p_losses, p_diverged, B):
-    """The loss of a step from its parts p_loss [loss_parts], and whether the model diverged: p_bad [bad_parts]."""
+def decay_with_rate(p_b, k, strength, p_changes, chunks, BA: tl.constexpr):
+    """b [k] times 1 - strength |dW| / |W|, from the chunks' squares [chunks, 2] in index order; how many of it are not
+    finite."""
+    change, size = 0.0, 0.0
+    for chunk in range(chunks):
+        change += tl.load(p_changes + 2 * chunk)
+        size += tl.load(p_changes + 2 * chunk + 1)
+    rate = tl.where(size == 0.0, 0.0, tl.sqrt_rn(tl.math.div_rn(change, tl.where(size == 0.0, 1.0, size))))
+    bad = 0
+    for k0 in range(0, k, BA):
+        i_k = k0 + tl.arange(0, BA)
+        b = (1.0 - strength * rate) * tl.load(p_b + i_k, mask=i_k < k, other=0.0)
+        tl.store(p_b + i_k, b, mask=i_k < k)
+        bad += not_finite(tl.where(i_k < k, b, 0.0))
+    return bad
+
+
+@triton.jit
+def finish_model(
+    model, step, t, n_steps, p_loss, loss_parts, p_bad, bad_parts, p_losses, p_diverged, B,
+    p_b, k, strength, p_changes, DECAY: tl.constexpr, BA: tl.constexpr,
+):  # fmt: skip
+    """The loss of a step from its parts p_loss [loss_parts], what "rate" makes of b [k], and whether the model
+    diverged: p_bad [bad_parts]."""
     loss = 0.0
     for part in range(loss_parts):
         loss += tl.load(p_loss + part)
     loss = tl.math.div_rn(loss, B.to(tl.float32))
     bad = 0
+    if DECAY == "rate":  # noqa: SIM102 (known to the compiler, which leaves out the rest)
+        if strength != 0.0:
+            bad = decay_with_rate(p_b, k, strength, p_changes, tl.cdiv(k, BA), BA)
     for part in range(bad_parts):
         bad += tl.load(p_bad + part)
     tl.store(p_losses + model * n_steps + t, loss)
@@ -174,14 +247,14 @@ def finish_model(model, step, t, n_steps, p_loss, loss_parts, p_bad, bad_parts, 
 def moments_kernel(
     p_models, p_diverged, p_step, unit, p_dW_in, p_db, p_dW_out, in_parts, out_parts, rows,
     p_W_in, p_b, p_W_out, p_m_in, p_m_b, p_m_out, p_v_in, p_v_b, p_v_out, p_norms, o, LO, chunks, first,
-    M: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
+    LINEAR: tl.constexpr, M: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, models). p_norms: float32 [A, chunks, N_NORMS]; the rest as in `moments_tile`, for all models."""
     LO = whole_rows(LO)
     model = (first + tl.program_id(1)).to(tl.int64)
-    k0, k = tl.program_id(0) * BA, tl.load(p_models + model * N_FIELDS + K).to(tl.int32)
+    row, k, chunk, _, _ = part_of(p_models, model, tl.program_id(0), BA, LINEAR)
+    k0 = chunk * BA
     if is_active(p_models, p_diverged, model, tl.load(p_step)) & (k0 < k):
-        row = tl.load(p_models + model * N_FIELDS + ROW)
         i, out = row * M, row * LO
         moments_tile(
             k0, k, unit, p_dW_in + i, p_db + row, p_dW_out + out, in_parts, out_parts, rows.to(tl.int64),
@@ -195,43 +268,48 @@ def moments_kernel(
 def apply_kernel(
     p_models, p_factors, p_diverged, p_step, p_rates, p_corrections, n_steps, unit,
     p_dW_in, p_db, p_dW_out, in_parts, out_parts, rows, p_W_in, p_b, p_W_out, p_q_in, p_q_out,
-    p_m_in, p_m_b, p_m_out, p_v_in, p_v_b, p_v_out, p_norms, p_bad, o, LO, chunks, first,
-    OPTIMIZER: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
+    p_m_in, p_m_b, p_m_out, p_v_in, p_v_b, p_v_out, p_norms, p_bad, p_changes, o, LO, chunks, first,
+    OPTIMIZER: tl.constexpr, DECAY: tl.constexpr, LINEAR: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, models). p_rates: float32 [A, n_steps]; p_corrections: [n_steps, 2]; p_bad: int32 [A, chunks]."""
+    """Grid (chunks, models). p_rates: float32 [A, n_steps]; p_corrections: [n_steps, 2]; p_bad: int32 [A, chunks];
+    p_changes: float32 [A, chunks, 2]."""
     LO = whole_rows(LO)
     model = (first + tl.program_id(1)).to(tl.int64)
     step, t = tl.load(p_step), tl.load(p_step) - tl.load(p_step + 1)
-    k0, k = tl.program_id(0) * BA, tl.load(p_models + model * N_FIELDS + K).to(tl.int32)
+    row, k, chunk, _, before = part_of(p_models, model, tl.program_id(0), BA, LINEAR)
+    k0 = chunk * BA
     if is_active(p_models, p_diverged, model, step) & (k0 < k):
-        row = tl.load(p_models + model * N_FIELDS + ROW)
         i, out = row * M, row * LO
-        decays = 2 * step < tl.load(p_models + model * N_FIELDS + STEPS)
-        factor = tl.where(decays, tl.load(p_factors + model * N_FACTORS + BIAS_FACTOR), 1.0)
+        factor, strength = decay_of(p_models, p_factors, model, step)
+        own = model * chunks + tl.program_id(0)
         bad = apply_tile(
             k0, k, unit, tl.load(p_rates + model * n_steps + t),
-            tl.load(p_corrections + 2 * t), tl.load(p_corrections + 2 * t + 1), factor,
+            tl.load(p_corrections + 2 * t), tl.load(p_corrections + 2 * t + 1), factor, strength,
             p_dW_in + i, p_db + row, p_dW_out + out, in_parts, out_parts, rows.to(tl.int64),
             p_W_in + i, p_b + row, p_W_out + out, p_q_in + i, p_q_out + out,
             p_m_in + i, p_m_b + row, p_m_out + out, p_v_in + i, p_v_b + row, p_v_out + out,
-            p_norms + model * chunks * N_NORMS, o, LO, OPTIMIZER, PRECISION, M, BA, BO,
+            p_norms + (model * chunks + before) * N_NORMS, p_changes + 2 * own, o, LO,
+            OPTIMIZER, DECAY, PRECISION, M, BA, BO,
         )  # fmt: skip
-        tl.store(p_bad + model * chunks + tl.program_id(0), bad)
+        tl.store(p_bad + own, bad)
 
 
 @triton.jit(do_not_specialize=["n_steps", "loss_parts", "loss_stride", "chunks", "B", "first"])
 def finish_kernel(
-    p_models, p_diverged, p_step, p_loss, p_bad, p_losses, n_steps, loss_parts, loss_stride, chunks, B, first,
-    BA: tl.constexpr,
+    p_models, p_factors, p_diverged, p_step, p_loss, p_bad, p_losses, p_b, p_changes,
+    n_steps, loss_parts, loss_stride, chunks, B, first, DECAY: tl.constexpr, BA: tl.constexpr,
 ):  # fmt: skip
     """Grid (models). Writes losses [A, n_steps] at this step, and the diverged step."""
     model = (first + tl.program_id(0)).to(tl.int64)
     step, t = tl.load(p_step), tl.load(p_step) - tl.load(p_step + 1)
     if is_active(p_models, p_diverged, model, step):
-        own = tl.cdiv(tl.load(p_models + model * N_FIELDS + K).to(tl.int32), BA)
+        k, own = rows_and_chunks(p_models, model, BA)
+        _, strength = decay_of(p_models, p_factors, model, step)
         finish_model(
             model, step, t, n_steps, p_loss + model * loss_stride, loss_parts, p_bad + model * chunks, own,
-            p_losses, p_diverged, B,
+            p_losses, p_diverged, B, p_b + tl.load(p_models + model * N_FIELDS + ROW), k, strength,
+            p_changes + model * chunks * 2, DECAY, BA,
         )  # fmt: skip
 
 

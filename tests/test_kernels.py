@@ -52,7 +52,7 @@ def interpreted(test):
 def test_the_kernels_pass_their_tests_in_the_interpreter():
     """Two processes, of about equal time: the resident regime and runs of mixed blocks, and all the rest."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    files = [f"tests/test_{name}.py" for name in ("kernels", "triton_engine", "mixed_blocks")]
+    files = [f"tests/test_{name}.py" for name in ("kernels", "kernel_options", "triton_engine", "mixed_blocks")]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "interpreter and not slow", "-p", "no:cacheprovider", *files]
     root = Path(__file__).resolve().parent.parent
     running = [

@@ -30,18 +30,11 @@ def test_a_grid_larger_than_the_gpu_is_planned_as_blocks_that_fit_it():
 
 
 @interpreted
-@pytest.mark.parametrize("fields", [{"linear_path": 2}, {"bias_decay_mode": "rate"}])
-def test_what_the_kernels_do_not_have_is_refused_in_one_line(fields, tmp_path):
-    with pytest.raises(ValueError, match=r"^linear_path=.*: not yet in engine='triton'; use engine='cpu'$"):
-        fm.train(BASE.replace(**fields), tmp_path, engine="triton", precision="fp32", workers=1, quiet=True)
-
-
-@interpreted
 @both
 @pytest.mark.parametrize("task", ["decoder", "reprojector"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
 def test_the_memory_that_is_planned_is_the_memory_that_is_taken(regime, task, precision):
-    specs = [BASE.replace(task=task, seed=i % 3, n_neurons=20 + i) for i in range(5)]
+    specs = [BASE.replace(task=task, seed=i % 3, n_neurons=20 + i, linear_path=i) for i in range(5)]
     packed = engine_module.Packed(Block.new(specs), precision, torch.device("cpu"), 0)
     tensors = [value for value in vars(packed).values() if isinstance(value, torch.Tensor)]
     tensors += [t for value in vars(packed).values() if isinstance(value, dict) for t in value.values()]

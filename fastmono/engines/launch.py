@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastmono.spec import ModelSpec
+
 LARGEST_EMBEDDING = 1024
 OLDEST_ARCHITECTURE = 80
 LARGEST_GRID = 65_535
@@ -35,6 +37,16 @@ def note_on(architecture: int) -> str:
 def power_of_two(n: int, low: int, high: int) -> int:
     """The smallest power of two that is at least n, within low and high."""
     return min(high, max(low, 1 << (n - 1).bit_length()))
+
+
+def rows_of(spec: ModelSpec) -> int:
+    """Rows that a model has in the packed tensors: its neurons, and behind them its linear path."""
+    return spec.n_neurons + spec.linear_path
+
+
+def tiles_of(spec: ModelSpec, size: int) -> int:
+    """Tiles of so many rows, each of neurons or of the linear path."""
+    return -(-spec.n_neurons // size) + -(-spec.linear_path // size)
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,10 @@ class Launch:
     """Whether the forward and backward kernels move tiles by the copy engine."""
     num_warps: int
     num_stages: int
+    linear: bool = False
+    """Whether models have a linear path."""
+    decay: str = "global"
+    """Their mode of bias decay."""
 
 
 def streamed_tiles(architecture: int, M: int, precision: str, activation: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The Triton engine: packs a block's models, launches `kernels/`, and brings back what the trainer asks for.
+"""The Triton engine: packs a block's models, has `kernels/` launched, and brings back what the trainer asks for.
 
 Models of different widths stand one after another as rows of the packed tensors; those with the same launch settings
 share a launch. Without a GPU, `TRITON_INTERPRET=1` runs the same kernels on the CPU.
@@ -6,8 +6,9 @@ share a launch. Without a GPU, `TRITON_INTERPRET=1` runs the same kernels on the
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,26 +16,29 @@ import triton
 from torch import Tensor
 
 from fastmono.block import PRECISIONS, Block, EngineError, Model, views
-from fastmono.engines.launch import LARGEST_GRID, Launch, choose_launch, note_on, scratch_parts, whole_rows
+from fastmono.engines.launch import (
+    LARGEST_GRID,
+    Launch,
+    choose_launch,
+    note_on,
+    rows_of,
+    scratch_parts,
+    tiles_of,
+    whole_rows,
+)
+from fastmono.engines.triton_launch import STEPS_A_CALL, launch_resident, launch_step
 from fastmono.frequencies import presence_probabilities, scales, thresholds
-from fastmono.kernels.backward import backward_kernel
-from fastmono.kernels.forward import forward_kernel
-from fastmono.kernels.project import project_kernel
-from fastmono.kernels.resident import resident_kernel
-from fastmono.kernels.update import apply_kernel, finish_kernel, moments_kernel, tick_kernel
-from fastmono.optim import adam_corrections, learning_rates
+from fastmono.optim import adam_corrections, bias_factor, decay_strength, learning_rates
 from fastmono.philox import stream_key
 from fastmono.spec import ModelSpec
 
 PARTS = ("parameters", "first_moment", "second_moment")
-STEPS_A_CALL = 1024
-"""Capacity of the tables of learning rates and losses."""
 GRAPH_STEPS = 32
-SIDE_BY_SIDE = 16
-"""Models whose forward programs run at the same time: they share x and tau, and hold so many W_out in the cache."""
 OLDEST_TRITON = (3, 4)
 """Older ones have no descriptors of tiles in memory."""
-N_FIELDS, N_FACTORS, N_NORMS = 4, 2, 6
+N_FIELDS, N_FACTORS, N_NORMS = 5, 3, 6
+LINEAR_ROWS = {"L_in": "W_in", "L_outT": "W_outT"}
+"""Tensors of the linear path, and behind whose rows they are packed."""
 OPERAND = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,28 +63,27 @@ def last_line(error: BaseException) -> str:
     return lines[-1][:300] if lines else ""
 
 
-def refuse_unknown(specs: Iterable[ModelSpec]) -> None:
-    """`ValueError` for what the kernels do not have yet."""
-    for spec in specs:
-        if spec.linear_path or spec.bias_decay_mode != "global":
-            raise ValueError(
-                f"linear_path={spec.linear_path}, bias_decay_mode={spec.bias_decay_mode!r}: "
-                "not yet in engine='triton'; use engine='cpu'"
-            )
+def launches_of(specs: Sequence[ModelSpec], precision: str, architecture: int) -> list[Launch]:
+    """The launch settings of each model of a block."""
+    found = []
+    for s in specs:
+        launch = choose_launch(
+            architecture, s.n_features, s.d_embed, rows_of(s), s.d_output, s.batch_size, precision, s.activation
+        )
+        decay = s.bias_decay_mode if s.bias_decay else "global"
+        found.append(dataclasses.replace(launch, linear=s.linear_path > 0, decay=decay))
+    return found
 
 
 class Packed:
     """A block's models on the device, and the scratch of their kernels."""
 
     def __init__(self, block: Block, precision: str, device: torch.device, architecture: int) -> None:
-        refuse_unknown(block.specs)
         spec = block.specs[0]
         self.spec, self.precision, self.device = spec, precision, device
         self.operand = OPERAND[precision]
-        N, m, o, B = spec.n_features, spec.d_embed, spec.d_output, spec.batch_size
-        launches = [
-            choose_launch(architecture, N, m, s.n_neurons, o, B, precision, spec.activation) for s in block.specs
-        ]
+        o, B = spec.d_output, spec.batch_size
+        launches = launches_of(block.specs, precision, architecture)
         order = sorted(range(len(launches)), key=lambda i: repr(launches[i]))
         self.order = order
         self.models: list[Model] = [block.models[i] for i in order]
@@ -99,7 +102,7 @@ class Packed:
         self.graph: Any = None
 
     def _pack_parameters(self) -> None:
-        widths = [model.spec.n_neurons for model in self.models]
+        widths = [rows_of(model.spec) for model in self.models]
         starts = [sum(widths[:i]) for i in range(len(widths))]
         self.rows = sum(widths)
         self.slices = [slice(start, start + width) for start, width in zip(starts, widths, strict=True)]
@@ -113,13 +116,20 @@ class Packed:
         """One part of every model's state, zero where there is none: put together on the host, and copied at once."""
         packed: dict[str, Tensor] = {}
         for name, shape in {"W_in": (self.rows, self.M), "b": (self.rows,), "W_outT": (self.rows, self.LO)}.items():
-            host = torch.zeros(shape)
-            for model, rows in zip(self.models, self.slices, strict=True):
-                if len(flat := getattr(model, part)):
-                    view = views(model.spec, flat)[name]
-                    own_columns(host[rows], view).copy_(view)
-            packed[name] = host.to(self.device)
-        return packed
+            packed[name] = torch.zeros(shape)
+        for packed_view, view in self._views(packed, part):
+            packed_view.copy_(view)
+        return {name: host.to(self.device) for name, host in packed.items()}
+
+    def _views(self, packed: dict[str, Tensor], part: str, diverged: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each tensor of that part of each model: where it stands in `packed`, and itself."""
+        for model, rows in zip(self.models, self.slices, strict=True):
+            flat = getattr(model, part)
+            if len(flat) == 0 or (model.diverged_step is not None and not diverged):
+                continue
+            for name, view in views(model.spec, flat).items():
+                start = rows.start + (model.spec.n_neurons if name in LINEAR_ROWS else 0)
+                yield own_columns(packed[LINEAR_ROWS.get(name, name)][start : start + len(view)], view), view
 
     def round(self, tensor: Tensor) -> Tensor:
         """A float32 tensor as an operand: the same memory where nothing is rounded."""
@@ -147,10 +157,11 @@ class Packed:
         self.P = transposed([m.P for m in firsts])
         self.P2 = transposed([m.P2 for m in firsts if m.P2 is not None]) if firsts[0].P2 is not None else self.P
         table = [
-            [model.spec.n_neurons, rows.start, distinct.index(key), model.spec.steps]
+            [model.spec.n_neurons, rows.start, distinct.index(key), model.spec.steps, model.spec.linear_path]
             for model, rows, key in zip(self.models, self.slices, keys, strict=True)
         ]
-        factors = [[model.spec.l1 / 2, 1.0 - model.spec.bias_decay * model.spec.lr] for model in self.models]
+        specs = [model.spec for model in self.models]
+        factors = [[spec.l1 / 2, bias_factor(spec, 0), decay_strength(spec, 0)] for spec in specs]
         self.table = torch.tensor(table, dtype=torch.int64, device=self.device)
         self.factors = torch.tensor(factors, dtype=torch.float64).float().to(self.device)
         self.diverged = torch.tensor([m.diverged_step or 0 for m in self.models], device=self.device)
@@ -170,9 +181,10 @@ class Packed:
         self.dW_out = empty(row_parts, self.rows, self.LO)
         self.dW_in = empty(parts, self.rows, self.M)
         self.db = empty(parts, self.rows)
-        self.chunks = max(-(-model.spec.n_neurons // launches[0].BA) for model in self.models)
+        self.chunks = max(tiles_of(model.spec, launches[0].BA) for model in self.models)
         self.loss = empty(A, self.loss_parts)
         self.bad = empty(A, self.chunks, dtype=torch.int32)
+        self.changes = empty(A, self.chunks, 2)
         self.norms = empty(A, self.chunks, N_NORMS)
         self.step = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.rates = torch.zeros(A, STEPS_A_CALL, device=self.device)
@@ -190,12 +202,9 @@ class Packed:
     def fetch(self) -> None:
         """Bring parameters and moments back to the models that have not diverged."""
         for part in PARTS:
-            for name, tensor in getattr(self, part).items():
-                host = tensor.cpu()
-                for model, rows in zip(self.models, self.slices, strict=True):
-                    if model.diverged_step is None and len(flat := getattr(model, part)):
-                        view = views(model.spec, flat)[name]
-                        view.copy_(own_columns(host[rows], view))
+            host = {name: tensor.cpu() for name, tensor in getattr(self, part).items()}
+            for packed_view, view in self._views(host, part, diverged=False):
+                view.copy_(packed_view)
 
 
 class TritonEngine:
@@ -298,12 +307,12 @@ class TritonEngine:
     def device_bytes(specs: Sequence[ModelSpec], precision: str, architecture: int) -> int:
         """Memory that a block takes on the device: what `Packed` allocates."""
         spec = specs[0]
-        N, m, o, B = spec.n_features, spec.d_embed, spec.d_output, spec.batch_size
-        launches = [choose_launch(architecture, N, m, s.n_neurons, o, B, precision, spec.activation) for s in specs]
+        N, o, B = spec.n_features, spec.d_output, spec.batch_size
+        launches = launches_of(specs, precision, architecture)
         M, LO, size = launches[0].M, whole_rows(o), OPERAND[precision].itemsize
-        rows, A = sum(s.n_neurons for s in specs), len(specs)
+        rows, A = sum(map(rows_of, specs)), len(specs)
         row_parts, parts, loss_parts = scratch_parts(launches, B, o)
-        chunks = max(-(-s.n_neurons // launch.BA) for s, launch in zip(specs, launches, strict=True))
+        chunks = max(tiles_of(s, launch.BA) for s, launch in zip(specs, launches, strict=True))
         weights = 12 * (M + LO) if precision == "fp32" else (12 + size) * (M + LO)  # float32 weights are operands too
         state = rows * (weights + 12)
         gradients = 4 * rows * (row_parts * LO + parts * (M + 1))
@@ -313,82 +322,9 @@ class TritonEngine:
         activations = size * (A * B * LO + rows * whole_rows(B) + batches * B * M) + 4 * batches * B * LO
         sampling = streams * (N * (second * size * M + 12) + 8)
         tables = A * (8 * N_FIELDS + 4 * N_FACTORS + 8 + 8 * STEPS_A_CALL) + 8 * STEPS_A_CALL + 16
-        return state + gradients + activations + sampling + tables + 4 * A * (loss_parts + chunks * (1 + N_NORMS))
+        return state + gradients + activations + sampling + tables + 4 * A * (loss_parts + chunks * (3 + N_NORMS))
 
     @staticmethod
     def workspace_bytes(spec: ModelSpec, n_streams: int) -> int:
         """Memory beyond the models' own state, on the host: what is packed before it goes to the device."""
-        refuse_unknown([spec])
         return 8 * spec.n_features * max(spec.d_embed, 16) * n_streams
-
-
-def launch_step(packed: Packed, groups: list[tuple[Launch, int, int]]) -> None:
-    """One step of the streamed models."""
-    spec, precision = packed.spec, packed.precision
-    N, o, B, M, LO, LB = spec.n_features, spec.d_output, spec.batch_size, packed.M, packed.LO, packed.LB
-    unit, A = 2.0 / B, packed
-    launch = groups[0][0]
-    settings = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": False}
-    for first in range(0, len(A.seeds), LARGEST_GRID):
-        project_kernel[(-(-B // launch.BS), min(LARGEST_GRID, len(A.seeds) - first))](
-            A.step, A.seeds, A.last, A.scale, A.P, A.P2, A.x, A.tau, N, B, LO, first,
-            TASK=spec.task, PRECISION=precision, M=M, BR=launch.BS, BN=launch.BN, **settings,
-        )  # fmt: skip
-    for launch, first, count in groups:
-        settings = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": False}
-        p, q = A.parameters, A.operands
-        row_tiles, tiles, row_parts = -(-B // launch.BR), -(-o // launch.BO), -(-B // launch.rows)
-        parts = row_parts * -(-o // launch.BP)
-        widest = max(model.spec.n_neurons for model in A.models[first : first + count])
-        beside = min(count, SIDE_BY_SIDE)
-        forward_kernel[(beside, row_tiles * tiles, -(-count // beside))](
-            A.table, A.diverged, A.step, A.x, A.tau, q["W_in"], p["b"], q["W_outT"], A.h, A.e, A.loss,
-            o, B, LO, LB, A.loss_parts, tiles, first, count,
-            ACTIVATION=spec.activation, PRECISION=precision,
-            M=M, BR=launch.BR, BK=launch.BK, BO=launch.BO, BULK=launch.bulk, **settings,
-        )  # fmt: skip
-        backward_kernel[(-(-widest // launch.BL), parts, count)](
-            A.table, A.factors, A.diverged, A.step, A.x, q["W_in"], p["b"], q["W_outT"], A.h, A.e,
-            A.dW_in, A.db, A.dW_out, B, LO, LB, launch.rows, row_parts, first, A.rows,
-            ACTIVATION=spec.activation, PRECISION=precision,
-            M=M, BR=launch.BB, BK=launch.BL, BO=launch.BP, BULK=launch.bulk, **settings,
-        )  # fmt: skip
-        m, v = A.first_moment, A.second_moment
-        chunks = -(-widest // launch.BA)
-        if spec.optimizer != "sgd":
-            moments_kernel[(chunks, count)](
-                A.table, A.diverged, A.step, unit, A.dW_in, A.db, A.dW_out, parts, row_parts, A.rows,
-                p["W_in"], p["b"], p["W_outT"], m["W_in"], m["b"], m["W_outT"], v["W_in"], v["b"], v["W_outT"],
-                A.norms, o, LO, A.chunks, first, M=M, BA=launch.BA, BO=launch.BU, **settings,
-            )  # fmt: skip
-        apply_kernel[(chunks, count)](
-            A.table, A.factors, A.diverged, A.step, A.rates, A.corrections, STEPS_A_CALL, unit,
-            A.dW_in, A.db, A.dW_out, parts, row_parts, A.rows,
-            p["W_in"], p["b"], p["W_outT"], q["W_in"], q["W_outT"],
-            m["W_in"], m["b"], m["W_outT"], v["W_in"], v["b"], v["W_outT"], A.norms, A.bad, o, LO, A.chunks, first,
-            OPTIMIZER=spec.optimizer, PRECISION=precision, M=M, BA=launch.BA, BO=launch.BU, **settings,
-        )  # fmt: skip
-        finish_kernel[(count,)](
-            A.table, A.diverged, A.step, A.loss, A.bad, A.losses, STEPS_A_CALL, row_tiles * tiles, A.loss_parts,
-            A.chunks, B, first, BA=launch.BA, num_warps=1,
-        )  # fmt: skip
-    tick_kernel[(1,)](A.step, num_warps=1)
-
-
-def launch_resident(packed: Packed, launch: Launch, first: int, count: int, n_steps: int) -> None:
-    """All steps of the resident models of one group, in one launch."""
-    spec, A = packed.spec, packed
-    N, o, B = spec.n_features, spec.d_output, spec.batch_size
-    tiles = -(-o // launch.BO)
-    p, q, m, v = A.parameters, A.operands, A.first_moment, A.second_moment
-    resident_kernel[(count,)](
-        A.table, A.factors, A.diverged, A.step, A.seeds, A.last, A.scale, A.P, A.P2, A.rates, A.corrections,
-        A.x, A.tau, A.h, A.e, A.loss, A.bad, A.norms, A.losses, A.dW_in, A.db, A.dW_out,
-        p["W_in"], p["b"], p["W_outT"], q["W_in"], q["W_outT"],
-        m["W_in"], m["b"], m["W_outT"], v["W_in"], v["b"], v["W_outT"],
-        n_steps, STEPS_A_CALL, 2.0 / B, -(-o // launch.BP), A.rows, -(-B // launch.BR) * tiles, A.loss_parts, A.chunks,
-        o, N, B, A.LO, A.LB, first,
-        TASK=spec.task, ACTIVATION=spec.activation, OPTIMIZER=spec.optimizer, PRECISION=A.precision,
-        M=A.M, BN=launch.BN, BR=launch.BR, BK=launch.BK, BO=launch.BO, BP=launch.BP, BB=launch.BB, BA=launch.BA,
-        num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=False,
-    )  # fmt: skip
