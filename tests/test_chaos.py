@@ -14,7 +14,7 @@ import fastmono as fm
 MANY = """
 import sys, fastmono as fm
 from fastmono import plan
-plan.SHARD_SECONDS = 1.0  # so that these seconds have as many shards as a run of hours
+plan.SHARD_SECONDS = 0.25  # so that these seconds have as many shards as a run of hours
 spec = fm.ModelSpec(n_features=8, d_embed=3, n_neurons=4, batch_size=8, feature_prob=.25, steps=16)
 fm.train(fm.Grid(spec, lr=[.001, .003, .01, .03], seed=range(500)), sys.argv[1], workers=2, quiet=True, save_every=1e9)
 """

@@ -97,7 +97,7 @@ def two_machines():
 @pytest.mark.slow
 def test_in_a_cluster_a_killed_worker_and_then_a_killed_raylet_cost_only_time(two_machines, tmp_path):
     address, kill_second, head = two_machines
-    steps = 200_000
+    steps = 100_000
     fm.train(grid(steps), tmp_path / "calm", workers=1, quiet=True)
     out = tmp_path / "run"
     driver = subprocess.Popen(
