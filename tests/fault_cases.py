@@ -43,7 +43,7 @@ def results(path):
     return {name: (path / name).read_bytes() for name in ("models.csv", "history.safetensors")}
 
 
-def wait_for(condition, seconds=180.0):
+def wait_for(condition, seconds=600.0):
     """Until something holds."""
     deadline = time.monotonic() + seconds
     while not condition():
