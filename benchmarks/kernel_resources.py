@@ -78,7 +78,9 @@ KERNELS = {
 
 def launch_of(variant: Variant, architecture: int) -> Launch:
     """The settings that the engine would choose."""
-    return choose_launch(architecture, *SHAPES[variant.shape], variant.precision, variant.activation)
+    return choose_launch(
+        architecture, *SHAPES[variant.shape], variant.precision, variant.activation, variant.linear == 1
+    )
 
 
 TASKS = ({"task": "reprojector"}, {"task": "abs"})

@@ -187,9 +187,8 @@ def _memory(specs: Sequence[ModelSpec], engine: str, precision: str, architectur
 def _block_memory(specs: Sequence[ModelSpec], engine: str, precision: str, architecture: int) -> int:
     if engine == "cpu":
         return PROCESS_BYTES + block_bytes(specs, engine)
-    from fastmono.engines.triton import TritonEngine, refuse_unknown
+    from fastmono.engines.triton import TritonEngine
 
-    refuse_unknown(specs)
     return TritonEngine.device_bytes(specs, precision, architecture)
 
 

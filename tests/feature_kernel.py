@@ -28,15 +28,16 @@ def far_rows_kernel(p_x, p_h, p_e, p_W_in, p_b, p_W_out, p_dW_in, p_db, p_dW_out
     p_h = p_h - i * 32
     p_m_in, p_m_b, p_m_out = p_m - i * 16, p_m + 256 - i, p_m + 272 - i * LO
     backward_tile(
-        0, B, k0, 0, 0.0, p_x, p_W_in, p_b, p_W_out, p_h, p_e, p_dW_in, p_db, p_dW_out, k0 + 16, LO, 32,
-        "relu", "fp32", 16, 16, 16, 16, False,
+        0, B, k0, 0, 0.0, False, p_x, p_W_in, p_b, p_W_out, p_h, p_e, p_dW_in, p_db, p_dW_out, k0 + 16, LO, 32,
+        "relu", False, "fp32", 16, 16, 16, 16, False,
     )  # fmt: skip
     moments_tile(
         k0, k0 + 16, 0.5, p_dW_in, p_db, p_dW_out, 1, 1, 16, p_W_in, p_b, p_W_out, p_m_in, p_m_b, p_m_out,
         p_m_in, p_m_b, p_m_out, p_norms, 16, LO, 16, 16, 16,
     )  # fmt: skip
     bad = apply_tile(
-        k0, k0 + 16, 0.5, 0.1, 1.0, 1.0, 1.0, p_dW_in, p_db, p_dW_out, 1, 1, 16, p_W_in, p_b, p_W_out, p_W_in, p_W_out,
-        p_m_in, p_m_b, p_m_out, p_m_in, p_m_b, p_m_out, p_norms, 16, LO, "sgd", "fp32", 16, 16, 16,
+        k0, k0 + 16, 0.5, 0.1, 1.0, 1.0, 1.0, 0.0, p_dW_in, p_db, p_dW_out, 1, 1, 16,
+        p_W_in, p_b, p_W_out, p_W_in, p_W_out, p_m_in, p_m_b, p_m_out, p_m_in, p_m_b, p_m_out, p_norms, p_norms, 16, LO,
+        "sgd", "global", "fp32", 16, 16, 16,
     )  # fmt: skip
     tl.store(p_bad, bad)

@@ -136,13 +136,6 @@ def test_a_block_is_halved_until_a_device_holds_it_and_a_model_that_none_holds_i
         planner.estimate(fm.Grid(wide.replace(n_neurons=2**24)), tmp_path, {"h100": 1})
 
 
-def test_what_the_kernels_do_not_have_is_not_planned_for_a_gpu(tmp_path):
-    grid = fm.Grid(PAPER[0].replace(linear_path=4))
-    with pytest.raises(ValueError, match="linear_path=4"):
-        planner.estimate(grid, tmp_path, {"h100": 1})
-    assert planner.estimate(grid, tmp_path, {"cpu": 1}).models == 1
-
-
 def test_a_precision_without_a_figure_is_refused(tmp_path):
     with pytest.raises(ValueError, match="precision='bf16': cpu has figures for fp32"):
         planner.estimate(PAPER, tmp_path, {"cpu": 2}, "bf16")

@@ -87,7 +87,7 @@ def test_how_many_models_stand_side_by_side_changes_no_bit(beside, monkeypatch):
     specs = [SMALL.replace(seed=i % 2, n_neurons=9 + i) for i in range(5)]
     monkeypatch.setattr("fastmono.engines.launch.RESIDENT_BYTES", 0)
     whole, losses = trained(specs, 2)
-    monkeypatch.setattr(engine_module, "SIDE_BY_SIDE", beside)
+    monkeypatch.setattr("fastmono.engines.triton_launch.SIDE_BY_SIDE", beside)
     split, split_losses = trained(specs, 2)
     assert torch.equal(losses, split_losses)
     assert all(torch.equal(a.parameters, b.parameters) for a, b in zip(whole.models, split.models, strict=True))

@@ -88,7 +88,7 @@ class Launch:
     """Their mode of bias decay."""
 
 
-def streamed_tiles(architecture: int, M: int, precision: str, activation: str) -> tuple[int, ...]:
+def streamed_tiles(architecture: int, M: int, precision: str, activation: str, linear: bool) -> tuple[int, ...]:
     """BR, BK, BO and BB, BL, BP of a large model: those at which no bf16 or tf32 kernel spills, and the cache is read
     least (docs/LOG.md, 2026-11-25; benchmarks/results/kernel_resources.csv)."""
     generation, relu = architecture // 10, activation == "relu"
@@ -102,17 +102,20 @@ def streamed_tiles(architecture: int, M: int, precision: str, activation: str) -
         return 64, 32, 64, 32, 32, 64
     if generation == 9:
         forward = (256, 64, 128) if relu and M <= 64 else (128, 64, 256)  # both have 128 sums in each thread
+        if linear:  # a second loop over rows, which spills 72 bytes at these
+            forward = (128, 64, 128)
         if M > 64:
             return *forward, 32, 64, 128
-        return *forward, 64 if relu else 32, 128, 256
+        return *forward, 64 if relu else 32, 128, 128 if activation == "gelu" else 256
     if generation == 10:
         return 128, 64, 256, 64, 128 if M <= 64 else 64, 128
     return 128, 32, 128, 32, 64, 128
 
 
 def choose_launch(
-    architecture: int, N: int, m: int, k: int, o: int, B: int, precision: str, activation: str = "relu"
-) -> Launch:
+    architecture: int, N: int, m: int, k: int, o: int, B: int, precision: str, activation: str = "relu",
+    linear: bool = False,
+) -> Launch:  # fmt: skip
     """Settings for a model of this shape on a CUDA architecture (90 for sm_90; 0 for the interpreter).
 
     Raises `ValueError` where a shape cannot run.
@@ -129,11 +132,14 @@ def choose_launch(
     resident = 4 * k * (M + o) <= RESIDENT_BYTES and 4 * B * (M + 2 * o + k) <= RESIDENT_SCRATCH
     if resident:
         # The phases share one program's registers, and above 32 x 32 they spill; in a function that is not inlined,
-        # sm_100 has no tensor memory either, which larger tiles would ask for. Others than relu hold z besides.
-        rows_back = 32 if activation == "relu" else 16
-        tiles: tuple[int, ...] = (32, 32, 32, rows_back, 32, 32) if M <= 128 else (16,) * 6
+        # sm_100 has no tensor memory either, which larger tiles would ask for. Others than relu hold z besides, and in
+        # tf32 a linear path takes what was left.
+        relu, tf32 = activation == "relu", precision == "tf32"
+        rows_back = 32 if relu and not (linear and tf32) else 16
+        neurons = 16 if tf32 and not relu and architecture // 10 == 10 else 32
+        tiles: tuple[int, ...] = (32, neurons, 32, rows_back, 32, 32) if M <= 128 else (16,) * 6
     else:
-        tiles = streamed_tiles(architecture, M, precision, activation)
+        tiles = streamed_tiles(architecture, M, precision, activation, linear)
     BR, BK, BO, BB, BL, BP = (
         power_of_two(size, 16, tile) for size, tile in zip((B, k, o, B, k, o), tiles, strict=True)
     )
@@ -163,6 +169,7 @@ def choose_launch(
         bulk=not resident and (roomy or architecture == 0),
         num_warps=4 if precision == "tf32" and not roomy and not resident else 8,
         num_stages=3 if architecture // 10 == 9 else 2,
+        linear=linear,
     )
 
 

@@ -68,10 +68,11 @@ def launches_of(specs: Sequence[ModelSpec], precision: str, architecture: int) -
     found = []
     for s in specs:
         launch = choose_launch(
-            architecture, s.n_features, s.d_embed, rows_of(s), s.d_output, s.batch_size, precision, s.activation
-        )
+            architecture, s.n_features, s.d_embed, rows_of(s), s.d_output, s.batch_size, precision, s.activation,
+            s.linear_path > 0,
+        )  # fmt: skip
         decay = s.bias_decay_mode if s.bias_decay else "global"
-        found.append(dataclasses.replace(launch, linear=s.linear_path > 0, decay=decay))
+        found.append(dataclasses.replace(launch, decay=decay))
     return found
 
 
