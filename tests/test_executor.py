@@ -31,12 +31,18 @@ def wait_for(condition, seconds=120.0):
         time.sleep(0.02)
 
 
+def states(out):
+    return set(out.glob("checkpoints/state-*-000000000*[1-9]*"))
+
+
 def start(out, steps=10**6, workers=2):
+    """A driver, once each of its workers has saved a state."""
+    before = states(out)
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(out), str(steps), str(workers)],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    wait_for(lambda: len(list(out.glob("checkpoints/state-*-000000000*[1-9]*"))) >= workers)
+    wait_for(lambda: len(states(out) - before) >= workers)
     return process
 
 
@@ -93,7 +99,8 @@ def test_no_child_survives_a_driver_that_is_killed_and_the_run_continues_at_once
     wait_for(lambda: not any(map(alive, offspring)), 10)
     again = start(tmp_path)
     again.send_signal(signal.SIGINT)
-    again.communicate(timeout=20)
+    again.communicate(timeout=60)
+    assert again.returncode != 0
 
 
 def test_the_shard_of_a_killed_worker_is_trained_again_and_its_results_are_bitwise_those_of_a_calm_run(tmp_path):
