@@ -121,7 +121,8 @@ def checked() -> list[Variant]:
         Variant("backward", "published", "bf16", activation="gelu"),
         Variant("apply", "published", "bf16", optimizer="adamw"),
         Variant("forward", "published", "bf16", linear=1),
-        Variant("resident", "tiny", "bf16", decay="rate", linear=1),
+        Variant("resident", "demo", "bf16", linear=1),
+        Variant("resident", "demo", "bf16", decay="rate"),
     ]
 
 
@@ -248,7 +249,9 @@ def differences(row: dict[str, Any], table: list[dict[str, str]]) -> list[str]:
     if row["shape"] == "published" and row["kernel"] != "project" and not wide:  # rows of W_out, tau, e and dW_out
         found.append(f"{name}: reads nothing 16 bytes at a time")
     phases = 4 if row["optimizer"] == "sgd" else 5  # one barrier after each, and one after the loss is written
-    if row["kernel"] == "resident" and row["barriers"] != phases + 1:
+    # With a linear path all but the first two run for neurons and path, and the compiler keeps the two calls apart.
+    between = phases - 2 if row["linear"] else 0
+    if row["kernel"] == "resident" and row["barriers"] != phases + 1 + between:
         found.append(f"{name}: has {row['barriers']} barriers for {phases} phases")
     if row["shared"] > LARGEST_SHARED[row["architecture"]]:
         found.append(f"{name}: takes {row['shared']} bytes of shared memory")

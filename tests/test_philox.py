@@ -122,6 +122,7 @@ def test_purposes_are_never_renumbered() -> None:
         "NEGATIVE_FEATURES": 4,
         "EVALUATION_FEATURES": 5,
         "NEGATIVE_EVALUATION_FEATURES": 6,
+        "ROUND_SEED": 7,
     }
 
 

@@ -22,7 +22,7 @@ SIZES = {
 def test_preset_is_exactly_the_recipe(name: str, steps: int) -> None:
     recipe = {
         "task": "decoder", "activation": "relu", "frequency": "uniform", "optimizer": "lamb", "schedule": "published",
-        "l1": 0.0, "seed": 0, "steps": steps, **SIZES[name],
+        "linear_path": 0, "bias_decay_mode": "global", "l1": 0.0, "seed": 0, "steps": steps, **SIZES[name],
     }  # fmt: skip
     expected = [
         {**recipe, "lr": lr, "init_bias": bias, "bias_decay": decay}
