@@ -93,8 +93,15 @@ def warnings_shown(console: Console) -> Iterator[list[str]]:
         yield failures
 
 
-def run_main(command: Callable[[list[str], Console], int], argv: list[str] | None) -> int:
-    """Run `command(argv, errors)`, and return its exit code: 2 for bad arguments, 1 for anything else that ends it."""
+def run_main(
+    command: Callable[[list[str], Console], int],
+    argv: list[str] | None,
+    stopped: str = "stopped: the state is saved, and the same command continues from it",
+) -> int:
+    """Run `command(argv, errors)`, and return its exit code: 2 for bad arguments, 1 for anything else that ends it.
+
+    `stopped` is what is said after Ctrl-C.
+    """
     errors = plain_console(stderr=True)
     try:
         return command(sys.argv[1:] if argv is None else argv, errors)
@@ -102,7 +109,7 @@ def run_main(command: Callable[[list[str], Console], int], argv: list[str] | Non
         errors.print(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        errors.print("stopped: the state is saved, and the same command continues from it")
+        errors.print(stopped)
         return 1
     except (OSError, MemoryError) as error:
         errors.print(f"error: {error or 'out of memory'}")

@@ -12,25 +12,16 @@ import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+
+from rich.console import Console
 
 import fastmono as fm
+from fastmono.command_line import Parser, UsageError, run_main
 from fastmono.metrics import THRESHOLD
 from fastmono.spec import describe
 
 Numbers = Mapping[str, float | None]
 Row = tuple[str, ...]
-
-
-class UsageError(Exception):
-    """Something on the command line that cannot be meant."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, raised instead of exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (--help lists the flags)")
 
 
 def cell(value: float | None) -> str:
@@ -95,41 +86,36 @@ def print_tables(numbers: Numbers) -> None:
             print(f"{title:{first}s}" + "".join(f"  {text:>13s}" for text in cells))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line, and return its exit code."""
+def run_command(argv: list[str], errors: Console) -> int:
+    """Parse, measure, print, draw."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("--model", type=int, required=True, metavar="I", help="number of the model in the run, from 0")
     parser.add_argument("--step", type=int, metavar="S", help="after so many steps (default: the newest on disk)")
     parser.add_argument("--out", metavar="DIR", help="for figures (default: RUN/figures/interpret_model_I[_step_S])")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help=f"of monosemanticity ({THRESHOLD})")
-    try:
-        arguments = parser.parse_args(argv)
-        run = fm.load_run(arguments.run)
-        if arguments.model not in range(len(run)):
-            raise UsageError(f"model {arguments.model}: the run has models 0 to {len(run) - 1}")
-        params = run.parameters(arguments.model, arguments.step)
-        spec = run.specs[arguments.model]
-        found = fm.interpret.findings(params, spec, arguments.threshold)
-        step = f"_step_{arguments.step}" if arguments.step is not None else ""
-        out = Path(arguments.out or run.directory.figures / f"interpret_model_{arguments.model}{step}")
-        print(f"model {arguments.model} of {run.path}: {describe(spec)}")
-        print_tables(found.numbers())
-        print()
-        for note in found.notes:
-            print(f"note: {note}")
-        drawn = fm.interpret_plots.save_all(found, out)
-    except (UsageError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 1
-    except (OSError, MemoryError) as error:
-        print(f"error: {error or 'out of memory'}", file=sys.stderr)
-        return 1
+    arguments = parser.parse_args(argv)
+    run = fm.load_run(arguments.run)
+    if arguments.model not in range(len(run)):
+        raise UsageError(f"model {arguments.model}: the run has models 0 to {len(run) - 1}")
+    params = run.parameters(arguments.model, arguments.step)
+    spec = run.specs[arguments.model]
+    found = fm.interpret.findings(params, spec, arguments.threshold)
+    step = f"_step_{arguments.step}" if arguments.step is not None else ""
+    out = Path(arguments.out or run.directory.figures / f"interpret_model_{arguments.model}{step}")
+    print(f"model {arguments.model} of {run.path}: {describe(spec)}")
+    print_tables(found.numbers())
+    print()
+    for note in found.notes:
+        print(f"note: {note}")
+    drawn = fm.interpret_plots.save_all(found, out)
     print(f"{len(drawn)} figures in {out}")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line, and return its exit code."""
+    return run_main(run_command, argv, "stopped")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ from fastmono.engines.simd import (
     subtract,
 )
 
-SOURCES = "7299063adedf7293"
+SOURCES = "44f52829274752ca"
 """The first digits of the SHA-256 of simd.py, cpu_problem.py, cpu_rows.py, cpu_update.py and fastmono/optim.py. Numba
 keeps what it compiled until this file changes, and cannot see that those have: with them, this line must."""
 TILE = 64

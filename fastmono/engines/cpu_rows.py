@@ -43,9 +43,9 @@ def _row_kernels(lanes: int) -> tuple[Any, Any, Any, Any]:
     """The four inner loops, for pieces of rows of so many lanes."""
 
     @inner
-    def add_rows(factors, numbers, first, last, rows, length, column, out, at):
-        """out[at:] += sum over i of factors[i] rows[numbers[i], column:], for i from first to last."""
-        even, odd = load(out, at, lanes), splat(ZERO, lanes)  # two sums: one would wait for itself
+    def sum_of_rows(even, factors, numbers, first, last, rows, length, column):
+        """even + sum over i of factors[i] rows[numbers[i], column:], for i from first to last."""
+        odd = splat(ZERO, lanes)  # two sums: one would wait for itself
         i = first
         while i + 2 <= last:
             row, next_row = get_int(numbers, i) * length + column, get_int(numbers, i + 1) * length + column
@@ -55,7 +55,12 @@ def _row_kernels(lanes: int) -> tuple[Any, Any, Any, Any]:
         if i < last:
             row = get_int(numbers, i) * length + column
             even = multiply_add(get_float(factors, i), load(rows, row, lanes), even)
-        store(out, at, add(even, odd))
+        return add(even, odd)
+
+    @inner
+    def add_rows(factors, numbers, first, last, rows, length, column, out, at):
+        """out[at:] += sum over i of factors[i] rows[numbers[i], column:], for i from first to last."""
+        store(out, at, sum_of_rows(load(out, at, lanes), factors, numbers, first, last, rows, length, column))
 
     @inner
     def find_active(factors, numbers, first, last, rows, length, column, start, row, words, bit, indices, values, end):
@@ -64,17 +69,7 @@ def _row_kernels(lanes: int) -> tuple[Any, Any, Any, Any]:
         Their numbers and values go to `indices` and `values` from `end` on, and `bit` is set in their words. Returns
         where the list ends. `row` is room for a piece.
         """
-        even, odd = load(start, column, lanes), splat(ZERO, lanes)
-        i = first
-        while i + 2 <= last:
-            at, next_at = get_int(numbers, i) * length + column, get_int(numbers, i + 1) * length + column
-            even = multiply_add(get_float(factors, i), load(rows, at, lanes), even)
-            odd = multiply_add(get_float(factors, i + 1), load(rows, next_at, lanes), odd)
-            i += 2
-        if i < last:
-            at = get_int(numbers, i) * length + column
-            even = multiply_add(get_float(factors, i), load(rows, at, lanes), even)
-        v = add(even, odd)
+        v = sum_of_rows(load(start, column, lanes), factors, numbers, first, last, rows, length, column)
         word = active_lanes(v)
         if word == 0:
             return end

@@ -41,7 +41,7 @@ from fastmono.engines.simd import (
 )
 from fastmono.optim import ADAMW_EPS, ADAMW_WEIGHT_DECAY, BETA1, BETA2, LAMB_EPS, LAMB_LARGEST_NORM
 
-SOURCES = "8fbbca6957ec1817"
+SOURCES = "a057cb2fa0d55b18"
 """As in cpu_kernels.py, of simd.py, cpu_problem.py, cpu_rows.py and fastmono/optim.py."""
 ONE = np.float32(1.0)
 FIRST_KEPT, FIRST_NEW = np.float32(BETA1), np.float32(1 - BETA1)
