@@ -1,6 +1,6 @@
 """Train a grid of a hundred small models while thirty faults happen to it, and compare every bit with a calm run.
 
-    python scripts/chaos.py [--seed 0] [--faults 30] [--models 100] [--steps 50000] [--out DIR] [--keep]
+    python scripts/chaos.py [--seed 0] [--faults 30] [--models 100] [--steps 600000] [--out DIR] [--keep]
 
 The faults are drawn from a seeded schedule: workers and drivers killed, stopped by a signal, frozen for a while; states
 corrupted, cut short, emptied or deleted; tables damaged; files touched with times far away; a second driver; other
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the schedule of faults")
     parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--models", type=int, default=100, help="a multiple of ten")
-    parser.add_argument("--steps", type=int, default=50_000, help="of each model")
+    parser.add_argument("--steps", type=int, default=600_000, help="of each model")
     parser.add_argument("--out", type=Path, help="where the two runs lie (default: a temporary folder)")
     parser.add_argument("--keep", action="store_true", help="do not delete the temporary folder")
     arguments = parser.parse_args(argv)

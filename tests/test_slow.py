@@ -39,7 +39,7 @@ def trajectory(run):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_twenty_kills_at_random_moments_leave_every_bit_as_in_an_undisturbed_run(workers, tmp_path):
-    steps = 100_000
+    steps = 300_000
 
     def start(out):
         return subprocess.Popen([sys.executable, "-c", KILLED, str(out), str(workers), str(steps)])
