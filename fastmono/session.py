@@ -108,6 +108,9 @@ class Session:
                     shards, then = (plan.shards, tuple) if self.rungs is None else ((), self._next_shards)
                     Dispatcher(self.directory, shards, self._pool(descriptors), self._hear, self.stop, then).run()
                 self._settle()
+                for spec, name in plan.items():
+                    if self.statuses[name] == "done":
+                        self._pass(spec.steps, [name])
                 counted = Counter(self.statuses.values())
                 said = ", ".join(f"{count} {status}" for status, count in counted.items())
                 self.last_said = 0.0
@@ -166,6 +169,7 @@ class Session:
             self.statuses |= dict.fromkeys(event["models"], "running")
             self.telemetry.started(event["models"], worker, device_name(self.plan.options.engine))
             log(f"worker {worker}: {len(models)} models from step {event['step']:,}", step=event["step"], models=models)
+            self._pass(event["step"], event["models"])
         elif kind == "progress":
             self.telemetry.add(event["trained"], event["model_steps"], event["seconds"], self._joules_since())
             self.doing[worker] = f"{len(models)} models, step {event['step']:,}"
@@ -255,6 +259,11 @@ class Session:
         """These models will not come to their next checkpoints."""
         for waiting in self.awaited.values():
             waiting.difference_update(models)
+
+    def _pass(self, step: int, models: Sequence[str]) -> None:
+        """These models are past a step: also past checkpoints that a worker wrote and did not live to report."""
+        for passed in sorted(awaited for awaited in self.awaited if awaited <= step):
+            self._reach(passed, models)
 
     def _reach(self, step: int, models: Iterable[str]) -> None:
         if self.on_checkpoint is None:

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 import fastmono as fm
+from fastmono.engines.cpu import CpuEngine
+from fastmono.executor import Dispatcher
+from fastmono.files import BadFile
 from fastmono.plan import Machine, make_plan, model_seconds
 from fastmono.shards import decode_shard, encode_shard
 from fastmono.store import RunDirectory, Saved, checkpoint_steps
@@ -186,3 +189,25 @@ def test_models_that_share_a_stream_go_to_one_worker_and_the_work_is_balanced():
     grid = fm.Grid(SPEC, seed=[0, 1], lr=[0.001, 0.003, 0.01])
     plan = make_plan(grid, Options("cpu", "fp32"), "", {}, 2, Machine(2, None, 1e11))
     assert [{spec.seed for job in shard.jobs for spec in job.specs} for shard in plan.shards] == [{0}, {1}]
+
+
+def test_a_checkpoint_that_a_worker_wrote_and_did_not_live_to_report_is_called_all_the_same(tmp_path, monkeypatch):
+    called, real = [], Dispatcher._hear
+
+    def lose(self, slot, event):  # what is on its way when a worker dies
+        if event["kind"] != "checkpoint" or event["step"] not in (8, 64):
+            real(self, slot, event)
+
+    def die_once(self, block, n_steps):
+        if block.step == 16 and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            raise BadFile(tmp_path / "state", "is gone")  # as if: a failure that may pass, tried again
+        return advance(self, block, n_steps)
+
+    advance = CpuEngine.advance
+    monkeypatch.setattr(Dispatcher, "_hear", lose)
+    monkeypatch.setattr(CpuEngine, "advance", die_once)
+    grid = GRID.override(steps=[64])
+    fm.train(grid, tmp_path / "run", workers=1, quiet=True, on_checkpoint=lambda run, step: called.append(step))
+    assert sorted(called) == checkpoint_steps(64) and len(called) == len(set(called))
+    assert called.index(8) < called.index(32), "it was known when the second try began behind it"
