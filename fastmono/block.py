@@ -104,6 +104,8 @@ class Model:
         parameters, first_moment, second_moment: flat buffers; the moments are empty for SGD.
         tensors: the parameters by name, views.
         P, P2: the projections, [m, N]; P2 is None but for the reprojector.
+        order: int32 [k], a permutation: the neurons as the CPU engine works on them. It changes at fixed steps, decides
+            in which order numbers are added up, and so belongs to the state.
         diverged_step: the step (from 1) whose loss or update was not finite, or None.
         snapshot: the flat parameters at the last power-of-two step (or 0), where a diverged model is frozen.
     """
@@ -129,6 +131,7 @@ class Model:
         moments = 0 if spec.optimizer == "sgd" else flat_size(spec)
         self.first_moment = torch.zeros(moments, dtype=dtype)
         self.second_moment = torch.zeros(moments, dtype=dtype)
+        self.order = torch.arange(spec.n_neurons, dtype=torch.int32)
         self.diverged_step: int | None = None
         self.snapshot = self.parameters.clone()
 

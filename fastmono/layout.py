@@ -66,6 +66,8 @@ def check_shapes(file: TensorFile, models: list[str], specs: Mapping[str, ModelS
         expected = tensor_shapes(spec, len(models))
         if file.header["kind"] == "state":
             expected |= state_shapes(spec, len(models), file.header["step"], None not in file.header["diverged_step"])
+            if "order" not in file.shapes:  # states had none at first
+                del expected["order"]
         if wrong := _mismatch(file, expected):
             raise BadFile(file.path, f"does not fit its models: {wrong}")
 
@@ -136,4 +138,4 @@ def state_shapes(spec: ModelSpec, n_models: int, step: int, all_diverged: bool) 
     }
     for prefix in ("snapshot.",) if spec.optimizer == "sgd" else ("snapshot.", "first_moment.", "second_moment."):
         found |= tensor_shapes(spec, n_models, prefix)
-    return found
+    return found | {"order": ("I64", n_models, spec.n_neurons)}

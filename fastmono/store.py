@@ -113,6 +113,7 @@ def _pack(models: Sequence[Model], with_state: bool) -> dict[str, Tensor]:
     if with_state:
         for part in ("snapshot", *(MOMENTS if len(models[0].first_moment) else ())):
             packed |= stack(part)
+        packed["order"] = torch.stack([model.order.long() for model in models])
     return packed
 
 
@@ -325,6 +326,10 @@ class RunDirectory:
                 load_flat(spec, getattr(model, part), tensors, part + ".")
         except (KeyError, ValueError) as error:
             raise BadFile(path, f"does not fit its model: {error}") from None
+        if "order" in tensors:  # states had none at first
+            if not torch.equal(tensors["order"].sort().values, model.order.long()):  # it becomes addresses
+                raise BadFile(path, "does not fit its model: order does not have each neuron once")
+            model.order = tensors["order"].int()
         model.diverged_step = saved.diverged_step
         measures = tensors["measures"][: n_checkpoints(saved.step, spec.steps)]
         return model, tensors["losses"].clone(), measures.clone()

@@ -49,7 +49,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def same_state(a: Model, b: Model) -> bool:
     parts = ("parameters", "first_moment", "second_moment")
-    return all(same_bits(getattr(a, part), getattr(b, part)) for part in parts) and a.diverged_step == b.diverged_step
+    same = all(same_bits(getattr(a, part), getattr(b, part)) for part in parts) and torch.equal(a.order, b.order)
+    return same and a.diverged_step == b.diverged_step
 
 
 def train(engine: Engine, specs: Sequence[ModelSpec], *cuts: int) -> tuple[list[Model], Tensor]:

@@ -29,7 +29,7 @@ from torch import Tensor
 from fastmono import optim, philox
 from fastmono.block import Block, EngineError, Model, padded, views
 from fastmono.engines import cpu as cpu_engine
-from fastmono.engines import cpu_dense, cpu_kernels, cpu_problem, cpu_rows, cpu_sampler, cpu_update, simd
+from fastmono.engines import cpu_dense, cpu_hidden, cpu_kernels, cpu_problem, cpu_rows, cpu_sampler, cpu_update, simd
 from fastmono.engines.cpu import CpuEngine
 from fastmono.engines.reference import ReferenceEngine
 from fastmono.philox import FeatureSampler
@@ -279,7 +279,7 @@ def test_compiled_sampler_gives_the_bits_of_the_feature_sampler(
 @pytest.mark.parametrize(
     ("module", "sources"),
     [
-        (cpu_kernels, [simd, cpu_problem, cpu_rows, cpu_update, optim]),
+        (cpu_kernels, [simd, cpu_problem, cpu_rows, cpu_hidden, cpu_update, optim]),
         (cpu_update, [simd, cpu_problem, cpu_rows, optim]),
         (cpu_sampler, [simd, philox]),
     ],

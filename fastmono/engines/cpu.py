@@ -3,7 +3,8 @@
 - The batches of several steps are drawn once for all models that share them, as lists of the
   features present (cpu_sampler.py).
 - Then one model after another trains through those steps in one compiled call, with its state in cache
-  (cpu_kernels.py, cpu_rows.py). ReLU's zeros are skipped: they add nothing.
+  (cpu_kernels.py, cpu_rows.py). ReLU's zeros are skipped: they add nothing. Where a bound can tell that a block of
+  neurons is all zeros for a sample, not even they are computed (cpu_hidden.py).
 - gelu and solu have no zeros: their products are PyTorch's, in row tiles that stay in cache (cpu_dense.py).
 
 The arithmetic of a model, and the address alignment of everything it touches, follow from its own spec alone.
@@ -22,6 +23,7 @@ from torch import Tensor
 from fastmono.block import Block, EngineError, Model, flat_size, padded, shape_class, single_thread
 from fastmono.engines import cpu_kernels as kernels
 from fastmono.engines.cpu_dense import dense_steps, tile_rows
+from fastmono.engines.cpu_hidden import BLOCK, TILE
 from fastmono.engines.cpu_problem import Problem
 from fastmono.engines.cpu_sampler import sample
 from fastmono.engines.simd import REGISTER
@@ -32,6 +34,8 @@ from fastmono.spec import BIAS_DECAY_MODES, OPTIMIZERS, TASKS, ModelSpec
 
 STEPS_AT_ONCE = 32
 """Steps that one model trains before the next one does: its state comes from memory once for all of them."""
+ORDER_EVERY = 64
+"""Steps after which a model's neurons are put in the order of their biases again (cpu_hidden.py)."""
 LEAST_NARROW = 2**24
 """B k N from which Gram matrices pay: below, PyTorch's calls take as long as its products."""
 FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
@@ -125,6 +129,7 @@ class Stream:
         self.words = np.empty(4 * -(-N // 4), np.uint32)
         self.row = torch.zeros(padded(N), **FLOAT32)
         self.P_T = transposed(model.P)
+        self.P = transposed(self.P_T)
         self.P2_T = None if model.P2 is None else transposed(model.P2)
 
     def sample(self, first_step: int, steps: int) -> None:
@@ -156,12 +161,14 @@ class Workspace:
         self.rates, self.factors, self.strengths, self.losses = (torch.empty(steps, **FLOAT32) for _ in range(4))
         self.corrections = torch.empty(steps, 2, **FLOAT32)
         self.change = torch.zeros(REGISTER, **FLOAT32)
-        blocks = -(-padded(k) // kernels.BLOCK)
-        pairs = kernels.TILE * LK
+        blocks = -(-padded(k) // BLOCK)
+        pairs = TILE * LK
         if path in ("features", "embedding"):
             sizes = {
                 "G_T": N * LK if path == "features" else 0, "W_T": M * LK, "H": pairs, "DZ": pairs,
-                "ROW": kernels.BLOCK, "X": kernels.TILE * M, "E": kernels.TILE * LE,
+                "ROW": 128, "BIAS": K, "STALE": K, "SQUARES": 2 * K, "TOPS": padded(blocks),
+                "BOUNDS": (2 if spec.task == "abs" else 1) * N * padded(blocks) if path == "features" else 0,
+                "X": TILE * M, "E": TILE * LE,
             }  # fmt: skip
         else:
             rows = tile_rows(spec)
@@ -172,20 +179,29 @@ class Workspace:
         if path in ("features", "embedding"):
             self.buffers |= {
                 "ACTIVE": torch.zeros(pairs, dtype=torch.int32, device="cpu"),
-                "NEXT": torch.zeros(kernels.TILE, dtype=torch.int32, device="cpu"),
-                "ENDS": torch.zeros(kernels.TILE * (blocks + 1), dtype=torch.int32, device="cpu"),
-                "WORDS": torch.zeros(K, dtype=torch.int64, device="cpu"),
+                "NEXT": torch.zeros(TILE, dtype=torch.int32, device="cpu"),
+                "ENDS": torch.zeros(TILE * (blocks + 1), dtype=torch.int32, device="cpu"),
+                "GROUPS": torch.zeros(blocks + 1, dtype=torch.int32, device="cpu"),
+                "SAMPLES": torch.zeros(TILE, dtype=torch.int32, device="cpu"),
+                "MASKS": torch.zeros(TILE, dtype=torch.int64, device="cpu"),
+                "NEEDED": torch.zeros(padded(blocks) + BLOCK, dtype=torch.int64, device="cpu"),
+                "WORDS": torch.zeros(K + BLOCK, dtype=torch.int64, device="cpu"),
+                "NEURONS": torch.zeros(K, dtype=torch.int32, device="cpu"),
+                "SIGNED": torch.zeros(N, dtype=torch.int32, device="cpu"),
                 "COUNTING": torch.arange(M, dtype=torch.int32, device="cpu"),
                 "CHANGED": torch.zeros(K, **FLOAT32),
                 "MOVING": torch.zeros(K, **FLOAT32),
                 "BEHIND": torch.zeros(K, dtype=torch.int32, device="cpu"),
             }
+            self.buffers["NEURONS"][padded(k) : padded(k) + r] = torch.arange(k, k + r)
+            self.buffers["TOPS"].fill_(-torch.inf)
         self.fields = dict.fromkeys(Problem._fields, 0)
         self.fields |= {name: buffer.data_ptr() for name, buffer in self.buffers.items() if name in self.fields}
         self.fields |= {
             "task": TASKS.index(spec.task), "optimizer": OPTIMIZERS.index(spec.optimizer),
             "through_features": path == "features",
-            "N": N, "M": M, "k": k, "r": r, "K": K, "O": O, "B": B, "blocks": blocks, "LK": LK, "LE": LE,
+            "N": N, "M": M, "k": k, "r": r, "K": K, "O": O, "B": B,
+            "NP": padded(N), "LB": padded(blocks), "blocks": blocks, "LK": LK, "LE": LE,
             "GRADIENT": self.gradient.data_ptr(), "CHANGE": self.change.data_ptr(),
             "at_b": (k + r) * M, "at_out": (k + r) * M + padded(k), "size": flat_size(spec),
         }  # fmt: skip
@@ -198,6 +214,7 @@ class Workspace:
             INDICES=stream.batches.indices.data_ptr(),
             VALUES=stream.batches.values.data_ptr(),
             P_T=stream.P_T.data_ptr(),
+            P=stream.P.data_ptr(),
             P2_T=0 if stream.P2_T is None else stream.P2_T.data_ptr(),
             PARAMETERS=model.parameters.data_ptr(),
             FIRST=model.first_moment.data_ptr(),
@@ -234,7 +251,7 @@ class CpuEngine:
             while done < n_steps:
                 active = block.active()
                 left = [block.specs[i].steps - block.step for i in active]
-                n = min(n_steps - done, steps_at_once(block.specs[0]), *left)
+                n = min(n_steps - done, steps_at_once(block.specs[0]), ORDER_EVERY - block.step % ORDER_EVERY, *left)
                 for stream, members in self._by_stream(block, active):
                     stream.sample(block.step, n)
                     for i in members:
@@ -275,10 +292,11 @@ class CpuEngine:
         # All of a batch's features where that is little, else far more than chance will give.
         present = 1.0 if steps * B * N <= STREAM_NUMBERS else min(1.0, 2 * spec.feature_prob + 32 / N)
         batches = 4 * steps * (B + 1) + int(8 * steps * B * N * present)
-        stream = 4 * N * (m * (2 if spec.task == "reprojector" else 1) + 4)
+        stream = 4 * (N * m * (2 if spec.task == "reprojector" else 1) + m * padded(N) + 4 * N)
         path, K = path_of(spec), columns(spec)
-        tile = 2 * odd_lines(K) + 2 * K + m + odd_lines(o) + K // kernels.BLOCK + 2
-        sparse = (N + m + 2) * K + kernels.TILE * tile
+        blocks = padded(-(-K // BLOCK))
+        tile = 3 * odd_lines(K) + m + odd_lines(o) + blocks + 6
+        sparse = (N + m + 10) * K + 2 * N * blocks + TILE * tile
         rows, width = tile_rows(spec), K if path == "narrow" else o
         dense = B * (m + width) + 6 * rows * K + (2 * N * K + 2 * k * k if path == "narrow" else 0)
         return batches + n_streams * stream + 4 * (flat_size(spec) + (dense if path in ("narrow", "dense") else sparse))
@@ -296,6 +314,9 @@ def train(model: Model, stream: Stream, work: Workspace, first: int, n: int) -> 
     problem = work.problem(model, stream)
     unit, half_l1 = np.float32(2 / spec.batch_size), np.float32(spec.l1 / 2)
     if work.path in ("features", "embedding"):
+        if first % ORDER_EVERY == 0:
+            model.order = model.tensors["b"].argsort(stable=True).int()
+        work.buffers["NEURONS"][: spec.n_neurons] = model.order
         each = (work.rates, work.corrections, work.factors, work.strengths, work.losses)
         well = kernels.train(problem, n, unit, half_l1, *(tensor.data_ptr() for tensor in each))
     else:

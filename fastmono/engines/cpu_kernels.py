@@ -21,21 +21,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastmono.engines.cpu_hidden import TILE, embed_sample, hidden_tile, prepare
 from fastmono.engines.cpu_problem import Problem as Problem  # where what Numba kept before it was moved looks for it
-from fastmono.engines.cpu_rows import (
-    ZERO,
-    add_marked_rows,
-    add_rows,
-    add_whole_rows,
-    dot_rows,
-    fill,
-    find_active,
-    piece,
-)
-from fastmono.engines.cpu_update import ONE, catch_up_all_rows, clear_row, fill_with, find_moving_rows, update_rows
+from fastmono.engines.cpu_rows import ZERO, add_marked_rows, add_rows, add_whole_rows, dot_rows, fill, piece
+from fastmono.engines.cpu_update import ONE, catch_up_all_rows, clear_row, fill_with, look_at_rows, update_rows
 from fastmono.engines.simd import (
     REGISTER,
-    any_nonzero,
     dot,
     entry,
     get_float,
@@ -46,154 +37,33 @@ from fastmono.engines.simd import (
     multiply_add,
     put_float,
     put_int,
-    put_word,
     splat,
     store,
-    subtract,
 )
 
-SOURCES = "44f52829274752ca"
-"""The first digits of the SHA-256 of simd.py, cpu_problem.py, cpu_rows.py, cpu_update.py and fastmono/optim.py. Numba
-keeps what it compiled until this file changes, and cannot see that those have: with them, this line must."""
-TILE = 64
-"""Samples worked on at a time: the bits of a word."""
-BLOCK = 64
-"""Neurons worked on at a time: so many rows of 128 numbers take 32 KiB, and stay in the first cache for a tile."""
-LEAST_ACTIVE = 8
-"""Active neurons of a sample that are worked on together, on average, where a block has fewer."""
+SOURCES = "4503431b4643c533"
+"""The first digits of the SHA-256 of simd.py, cpu_problem.py, cpu_rows.py, cpu_hidden.py, cpu_update.py and
+fastmono/optim.py. Numba keeps what it compiled until this file changes, and cannot see that those have: with them, this
+line must."""
 
 
 @inner
-def prepare(p):
-    """W_in^T of the rows that have changed, and G^T where z comes from it."""
-    neurons = p.at_out - p.at_b
-    for j in range(p.k + p.r):
-        if j >= p.k or get_float(p.CHANGED, j) != ZERO:
-            column = j if j < p.k else neurons + j - p.k
-            for c in range(p.M):
-                put_float(p.W_T, c * p.LK + column, get_float(p.PARAMETERS, j * p.M + c))
-    if p.through_features:
-        column = 0
-        while column < neurons:
-            stop = column
-            while stop < neurons and any_nonzero(load(p.CHANGED, stop, REGISTER)):
-                stop += REGISTER
-            prepare_features(p, column, stop)
-            column = stop + REGISTER  # which has not changed, or is beyond the end
-        prepare_features(p, neurons, p.K)
-
-
-@inner
-def prepare_features(p, column, stop):
-    """G^T from a column to another."""
-    while column < stop:
-        lanes = piece(stop - column)
-        for i in range(p.N):
-            fill(p.G_T, i * p.LK + column, lanes)
-            add_rows(lanes, p.P_T + 4 * i * p.M, p.COUNTING, 0, p.M, p.W_T, p.LK, column, p.G_T, i * p.LK + column)
-        column += lanes
-
-
-@inner
-def embed_sample(p, starts, r, x, e):
-    """x [M] of sample r at the address x, and -tau [O] at e."""
-    first, last = get_int(starts, r), get_int(starts, r + 1)
-    fill(x, 0, p.M)
-    add_whole_rows(p.VALUES, p.INDICES, first, last, p.P_T, p.M, x, 0)
-    fill(e, 0, p.O)
-    if p.task == 1:
-        add_whole_rows(p.VALUES, p.INDICES, first, last, p.P2_T, p.O, e, 0)
-        for c in range(0, p.O, REGISTER):
-            store(e, c, subtract(splat(ZERO, REGISTER), load(e, c, REGISTER)))
-    else:
-        for i in range(first, last):
-            f = get_float(p.VALUES, i)
-            put_float(e, get_int(p.INDICES, i), -abs(f) if p.task == 2 else -f)
-
-
-@inner
-def hidden_tile(p, starts, first, count):
-    """X and -tau (in E) of samples first to first + count, and their active neurons: ACTIVE, H, ENDS and WORDS."""
-    for j in range(p.K):
-        put_word(p.WORDS, j, np.uint64(0))
-    for r in range(count):
-        embed_sample(p, starts, first + r, p.X + 4 * r * p.M, p.E + 4 * r * p.LE)
-        put_int(p.ENDS, r * (p.blocks + 1), r * p.LK)
-    column = 0
-    for block in range(p.blocks):  # whose columns of G^T stay in the first cache
-        stop = min(column + BLOCK, p.at_out - p.at_b)
-        while column < stop:
-            lanes = min(piece(stop - column), BLOCK)
-            for r in range(count):
-                factors, numbers, present, last, rows = inputs(p, starts, first, r)
-                ends = r * (p.blocks + 1) + block
-                # The first piece of a block begins where the block before it ends, the others where the last one did.
-                end = get_int(p.ENDS, ends + (column % BLOCK != 0))
-                end = find_active(
-                    lanes, factors, numbers, present, last, rows, p.LK, column, p.PARAMETERS + 4 * p.at_b,
-                    p.ROW, p.WORDS, np.uint64(1) << np.uint64(r), p.ACTIVE, p.H, end,
-                )  # fmt: skip
-                put_int(p.ENDS, ends + 1, end)
-            column += lanes
-    if p.r > 0:
-        linear_tile(p, starts, first, count)
-
-
-@inner
-def inputs(p, starts, first, r):
-    """What z of sample r of a tile is a sum of: factors, numbers of rows, where these begin and end, and the rows."""
-    if p.through_features:
-        return p.VALUES, p.INDICES, get_int(starts, first + r), get_int(starts, first + r + 1), p.G_T
-    return p.X + 4 * r * p.M, p.COUNTING, 0, p.M, p.W_T
-
-
-@inner
-def linear_tile(p, starts, first, count):
-    """The linear path of a tile, behind the active neurons of each sample: its z in H, and its rows in ACTIVE."""
-    neurons = p.at_out - p.at_b
-    for r in range(count):
-        factors, numbers, present, last, rows = inputs(p, starts, first, r)
-        end = get_int(p.ENDS, r * (p.blocks + 1) + p.blocks)
-        fill(p.H, end, p.K - neurons)
-        column = neurons
-        while column < p.K:
-            lanes = piece(p.K - column)
-            add_rows(lanes, factors, numbers, present, last, rows, p.LK, column, p.H, end + column - neurons)
-            column += lanes
-        for i in range(p.r):
-            put_int(p.ACTIVE, end + i, p.k + i)
-            put_word(p.WORDS, p.k + i, get_word(p.WORDS, p.k + i) | (np.uint64(1) << np.uint64(r)))
-
-
-@inner
-def blocks_at_once(p, count):
-    """Blocks whose active neurons are worked on together: one, or where those are few, enough to find 8 a sample."""
-    found, together = 0, 1
-    for r in range(count):
-        found += get_int(p.ENDS, r * (p.blocks + 1) + p.blocks) - r * p.LK
-    while together < p.blocks and found * together < LEAST_ACTIVE * count * p.blocks:
-        together *= 2
-    return together
-
-
-@inner
-def output_tile(p, count, together):
+def output_tile(p, count, groups):
     """E = y - tau of a tile; returns its sum of squares."""
     column, total = 0, 0.0
     while column < p.O:
         lanes = piece(p.O - column)
-        for block in range(0, p.blocks, together):
-            next_block = min(block + together, p.blocks)
+        for group in range(groups):
+            begin, stop = TILE * get_int(p.GROUPS, group), TILE * get_int(p.GROUPS, group + 1)
             for r in range(count):
-                ends = r * (p.blocks + 1)
-                first, last = get_int(p.ENDS, ends + block), get_int(p.ENDS, ends + next_block)
+                first, last = get_int(p.ENDS, begin + r), get_int(p.ENDS, stop + r)
                 if first < last:
                     add_rows(
                         lanes, p.H, p.ACTIVE, first, last, p.PARAMETERS + 4 * p.at_out, p.O, column,
                         p.E, r * p.LE + column,
                     )  # fmt: skip
         for r in range(count if p.r > 0 else 0):
-            first = get_int(p.ENDS, r * (p.blocks + 1) + p.blocks)
+            first = get_int(p.ENDS, TILE * p.blocks + r)
             add_rows(
                 lanes, p.H, p.ACTIVE, first, first + p.r, p.PARAMETERS + 4 * p.at_out, p.O, column,
                 p.E, r * p.LE + column,
@@ -214,23 +84,22 @@ def first_factors(p, count):
 
 
 @inner
-def backward_tile(p, count, together, half_l1):
+def backward_tile(p, count, groups, half_l1):
     """DZ of a tile, and its part of GRADIENT."""
-    column = 0
+    neurons, column = p.at_out - p.at_b, 0
     while column < p.O:
         lanes = piece(p.O - column)
-        for block in range(0, p.blocks, together):
-            next_block = min(block + together, p.blocks)
+        for group in range(groups):
+            begin, stop = TILE * get_int(p.GROUPS, group), TILE * get_int(p.GROUPS, group + 1)
             for r in range(count):
-                ends = r * (p.blocks + 1)
-                first, last = get_int(p.ENDS, ends + block), get_int(p.ENDS, ends + next_block)
+                first, last = get_int(p.ENDS, begin + r), get_int(p.ENDS, stop + r)
                 if first < last:
                     dot_rows(
                         lanes, p.E, r * p.LE + column, p.ACTIVE, first, last, p.PARAMETERS + 4 * p.at_out, p.O, column,
                         p.DZ, half_l1,
                     )  # fmt: skip
         for r in range(count if p.r > 0 else 0):
-            first = get_int(p.ENDS, r * (p.blocks + 1) + p.blocks)
+            first = get_int(p.ENDS, TILE * p.blocks + r)
             dot_rows(
                 lanes, p.E, r * p.LE + column, p.ACTIVE, first, first + p.r, p.PARAMETERS + 4 * p.at_out, p.O, column,
                 p.DZ, ZERO,
@@ -240,10 +109,11 @@ def backward_tile(p, count, together, half_l1):
     while column < p.O:
         lanes = piece(p.O - column)
         first_factors(p, count)
-        for j in range(p.k + p.r):
-            word = get_word(p.WORDS, j)
+        for place in range(neurons + p.r):
+            word = get_word(p.WORDS, place)
             if word != 0:
-                if j < p.k and get_float(p.CHANGED, j) == ZERO:
+                j = get_int(p.NEURONS, place)
+                if place < neurons and get_float(p.CHANGED, j) == ZERO:
                     put_float(p.CHANGED, j, ONE)
                     clear_row(p, j)
                 out = p.at_out + j * p.O + column
@@ -253,11 +123,12 @@ def backward_tile(p, count, together, half_l1):
     while column < p.M:
         lanes = piece(p.M - column)
         first_factors(p, count)
-        for j in range(p.k + p.r):
-            word = get_word(p.WORDS, j)
+        for place in range(neurons + p.r):
+            word = get_word(p.WORDS, place)
             if word != 0:
+                j = get_int(p.NEURONS, place)
                 db = add_marked_rows(lanes, word, p.DZ, p.NEXT, p.X, p.M, column, p.GRADIENT, j * p.M + column)
-                if column == 0 and j < p.k:
+                if column == 0 and place < neurons:
                     put_float(p.GRADIENT, p.at_b + j, get_float(p.GRADIENT, p.at_b + j) + db)
         column += lanes
 
@@ -270,7 +141,7 @@ def train(p, steps, unit, half_l1, rates, corrections, factors, strengths, losse
     rates, factors, strengths, losses: addresses of float32 [steps], learning rates, factors of the bias, strengths of
     its decay in the modes per_neuron and rate, and the losses to be written; corrections: float32 [steps, 2], AdamW's.
     """
-    find_moving_rows(p)
+    sound = look_at_rows(p)
     fill_with(p.CHANGED, p.K, ONE)
     well = 0
     while well < steps:
@@ -283,15 +154,14 @@ def train(p, steps, unit, half_l1, rates, corrections, factors, strengths, losse
         total = 0.0
         for first in range(0, p.B, TILE):
             count = min(TILE, p.B - first)
-            hidden_tile(p, starts, first, count)
-            together = blocks_at_once(p, count)
-            total += output_tile(p, count, together)
-            backward_tile(p, count, together, half_l1)
+            groups = hidden_tile(p, starts, first, count)
+            total += output_tile(p, count, groups)
+            backward_tile(p, count, groups, half_l1)
         loss = np.float32(total / p.B)
         put_float(losses, well, loss)
         lr, factor, strength = get_float(rates, well), get_float(factors, well), get_float(strengths, well)
         finite = update_rows(p, unit, lr, corrections, well, factor, strength)
-        if not (finite and np.isfinite(loss)):
+        if not (sound and finite and np.isfinite(loss)):
             break
         well += 1
     catch_up_all_rows(p)

@@ -43,6 +43,10 @@ class Problem(NamedTuple):
     VALUES: int
     P_T: int
     """[N, M]"""
+    P: int
+    """[M, NP]"""
+    NP: int
+    """N, padded."""
     P2_T: int
     """[N, O]; the reprojector's only."""
     PARAMETERS: int
@@ -72,19 +76,44 @@ class Problem(NamedTuple):
     NEXT: int
     """int32 [TILE]: the next of each sample's active neurons that is needed."""
     ROW: int
-    """[BLOCK]"""
+    """[128]"""
+    NEURONS: int
+    """int32 [K]: the neurons in the order in which they are worked on, and behind them the rows of the linear path."""
+    BIAS: int
+    """[K]: their biases in that order."""
+    STALE: int
+    """[K]: whether they have CHANGED, in that order."""
+    LB: int
+    """Blocks of neurons, padded."""
+    TOPS: int
+    """[LB]: the highest bias of each block."""
+    BOUNDS: int
+    """[N, LB]: the largest number of each block's G^T for a feature; behind them, for abs, [N, LB] with the least."""
+    SIGNED: int
+    """int32 [N]: the features of a sample, N further for a negative one."""
+    SAMPLES: int
+    """int32 [TILE]: the samples of a tile, those with few features first."""
+    MASKS: int
+    """uint64 [TILE]: for each sample, a bit for each of 64 columns."""
+    NEEDED: int
+    """uint64 [LB], and room: for each block, a bit for each of SAMPLES whose bound is above 0."""
+    GROUPS: int
+    """int32 [blocks + 1]: where groups of blocks begin and end, whose active neurons are worked on together."""
     ENDS: int
-    """int32 [TILE, blocks + 1]: where those of each block of neurons begin, and those of the last one end."""
+    """int32 [blocks + 1, TILE]: where those of each block of neurons begin, and those of the last one end."""
     blocks: int
     WORDS: int
-    """uint64 [K]: for each neuron, the samples that activate it."""
+    """uint64 [K], and room for a block: for each of NEURONS, the samples that activate it."""
     COUNTING: int
     """int32: 0, 1, 2, ... up to M."""
     CHANGED: int
-    """[K]: 1 for a neuron with a gradient in this step, and once the step is done, for one whose rows have changed."""
+    """[K]: 1 for a neuron with a gradient in this step, 2 for one that moves without; when the step is done, not 0 for
+    those whose rows have changed."""
     MOVING: int
     """[K]: 1 for a neuron whose first moment, of W_in or W_out^T, is not zero; for all, with SGD and AdamW."""
     BEHIND: int
     """int32 [k]: updates that the second moment of a neuron has not seen."""
+    SQUARES: int
+    """[2, K]: |W_in[j]|^2 and |W_out^T[j]|^2 of each neuron; for LAMB."""
     CHANGE: int
     """[16]: summed, the square of what an update changed W_in and W_out^T by; for `rate`."""

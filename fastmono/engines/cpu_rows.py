@@ -16,12 +16,10 @@ from fastmono.engines.simd import (
     WIDEST,
     active_lanes,
     add,
-    count_bits,
     dot,
     four_dots,
     get_float,
     get_int,
-    get_word,
     inner,
     keep_active,
     load,
@@ -35,12 +33,10 @@ from fastmono.engines.simd import (
 )
 
 ZERO = np.float32(0.0)
-FEW = 4
-"""Active numbers of 64 that are cheaper to list one by one."""
 
 
-def _row_kernels(lanes: int) -> tuple[Any, Any, Any, Any]:
-    """The four inner loops, for pieces of rows of so many lanes."""
+def _row_kernels(lanes: int) -> tuple[Any, ...]:
+    """The inner loops, for pieces of rows of so many lanes."""
 
     @inner
     def sum_of_rows(even, factors, numbers, first, last, rows, length, column):
@@ -63,27 +59,25 @@ def _row_kernels(lanes: int) -> tuple[Any, Any, Any, Any]:
         store(out, at, sum_of_rows(load(out, at, lanes), factors, numbers, first, last, rows, length, column))
 
     @inner
-    def find_active(factors, numbers, first, last, rows, length, column, start, row, words, bit, indices, values, end):
+    def put_sum(start, factors, numbers, first, last, rows, length, column, out, at):
+        """out[at:] = start[column:] + sum over i of factors[i] rows[numbers[i], column:], for i from first to last."""
+        store(out, at, sum_of_rows(load(start, column, lanes), factors, numbers, first, last, rows, length, column))
+
+    @inner
+    def find_active(
+        factors, numbers, first, last, rows, length, column, start, words, r, neurons, indices, values, end
+    ):  # fmt: skip
         """Lists those of start + sum over i of factors[i] rows[numbers[i]], from `column` on, that are active.
 
-        Their numbers and values go to `indices` and `values` from `end` on, and `bit` is set in their words. Returns
-        where the list ends. `row` is room for a piece.
+        Their `neurons` and values go to `indices` and `values` from `end` on, and words[r] gets a bit for each. Returns
+        where the list ends.
         """
         v = sum_of_rows(load(start, column, lanes), factors, numbers, first, last, rows, length, column)
         word = active_lanes(v)
+        put_word(words, r, word)
         if word == 0:
             return end
-        found = count_bits(word)
-        if found > FEW:
-            return keep_active(v, words, bit, column, indices, values, end)
-        store(row, 0, v)
-        for i in range(FEW):  # no branch depends on how many: those that are too many are not counted
-            r = trailing_zeros(word) & 63
-            put_int(indices, end + i, column + r)
-            put_float(values, end + i, get_float(row, r))
-            put_word(words, column + r, get_word(words, column + r) | (bit if word != 0 else np.uint64(0)))
-            word &= word - np.uint64(1)
-        return end + found
+        return keep_active(v, neurons, column, indices, values, end)
 
     @inner
     def add_marked_rows(word, factors, next_factor, rows, length, column, out, at):
@@ -137,13 +131,42 @@ def _row_kernels(lanes: int) -> tuple[Any, Any, Any, Any]:
             put_float(out, i, total + (start if column == 0 else get_float(out, i)))
             i += 1
 
-    return add_rows, find_active, add_marked_rows, dot_rows
+    @inner
+    def put_product(factors, count, rows, length, column, out, at):
+        """out[at:] = sum over i of factors[i] rows[i, column:], for i from 0 to count, one after another."""
+        total = splat(ZERO, lanes)
+        for i in range(count):
+            total = multiply_add(get_float(factors, i), load(rows, i * length + column, lanes), total)
+        store(out, at, total)
+
+    @inner
+    def put_four_products(factors, count, rows, length, column, out, at, step):
+        """The same sums for four lists of factors, one behind another, at at, at + step, ...: they share a row."""
+        a, b, c, d = splat(ZERO, lanes), splat(ZERO, lanes), splat(ZERO, lanes), splat(ZERO, lanes)
+        for i in range(count):
+            row = load(rows, i * length + column, lanes)
+            a = multiply_add(get_float(factors, i), row, a)
+            b = multiply_add(get_float(factors, i + count), row, b)
+            c = multiply_add(get_float(factors, i + 2 * count), row, c)
+            d = multiply_add(get_float(factors, i + 3 * count), row, d)
+        store(out, at, a)
+        store(out, at + step, b)
+        store(out, at + 2 * step, c)
+        store(out, at + 3 * step, d)
+
+    return add_rows, put_sum, find_active, add_marked_rows, dot_rows, put_product, put_four_products
 
 
-add_rows_128, _, add_marked_rows_128, dot_rows_128 = _row_kernels(128)
-add_rows_64, find_active_64, add_marked_rows_64, dot_rows_64 = _row_kernels(64)
-add_rows_32, find_active_32, add_marked_rows_32, dot_rows_32 = _row_kernels(32)
-add_rows_16, find_active_16, add_marked_rows_16, dot_rows_16 = _row_kernels(16)
+add_rows_128, _, _, add_marked_rows_128, dot_rows_128, put_product_128, _ = _row_kernels(128)
+(
+    add_rows_64, put_sum_64, find_active_64, add_marked_rows_64, dot_rows_64, put_product_64, put_four_products_64
+) = _row_kernels(64)  # fmt: skip
+(
+    add_rows_32, put_sum_32, find_active_32, add_marked_rows_32, dot_rows_32, put_product_32, put_four_products_32
+) = _row_kernels(32)  # fmt: skip
+(
+    add_rows_16, put_sum_16, find_active_16, add_marked_rows_16, dot_rows_16, put_product_16, put_four_products_16
+) = _row_kernels(16)  # fmt: skip
 
 
 @inner
@@ -169,20 +192,31 @@ def add_rows(lanes, factors, numbers, first, last, rows, length, column, out, at
 
 
 @inner
+def put_sum(lanes, start, factors, numbers, first, last, rows, length, column, out, at):
+    """`put_sum` of so many lanes, at most 64."""
+    if lanes == 64:
+        put_sum_64(start, factors, numbers, first, last, rows, length, column, out, at)
+    elif lanes == 32:
+        put_sum_32(start, factors, numbers, first, last, rows, length, column, out, at)
+    else:
+        put_sum_16(start, factors, numbers, first, last, rows, length, column, out, at)
+
+
+@inner
 def find_active(
-    lanes, factors, numbers, first, last, rows, length, column, start, row, words, bit, indices, values, end
+    lanes, factors, numbers, first, last, rows, length, column, start, words, r, neurons, indices, values, end
 ):  # fmt: skip
     """`find_active` of so many lanes, at most 64."""
     if lanes == 64:
         return find_active_64(
-            factors, numbers, first, last, rows, length, column, start, row, words, bit, indices, values, end
+            factors, numbers, first, last, rows, length, column, start, words, r, neurons, indices, values, end
         )  # fmt: skip
     elif lanes == 32:
         return find_active_32(
-            factors, numbers, first, last, rows, length, column, start, row, words, bit, indices, values, end
+            factors, numbers, first, last, rows, length, column, start, words, r, neurons, indices, values, end
         )  # fmt: skip
     return find_active_16(
-        factors, numbers, first, last, rows, length, column, start, row, words, bit, indices, values, end
+        factors, numbers, first, last, rows, length, column, start, words, r, neurons, indices, values, end
     )  # fmt: skip
 
 
@@ -226,3 +260,27 @@ def add_whole_rows(factors, numbers, first, last, rows, length, out, at):
         lanes = piece(length - column)
         add_rows(lanes, factors, numbers, first, last, rows, length, column, out, at + column)
         column += lanes
+
+
+@inner
+def put_product(lanes, factors, count, rows, length, column, out, at):
+    """`put_product` of so many lanes."""
+    if lanes == 128:
+        put_product_128(factors, count, rows, length, column, out, at)
+    elif lanes == 64:
+        put_product_64(factors, count, rows, length, column, out, at)
+    elif lanes == 32:
+        put_product_32(factors, count, rows, length, column, out, at)
+    else:
+        put_product_16(factors, count, rows, length, column, out, at)
+
+
+@inner
+def put_four_products(lanes, factors, count, rows, length, column, out, at, step):
+    """`put_four_products` of so many lanes, at most 64."""
+    if lanes == 64:
+        put_four_products_64(factors, count, rows, length, column, out, at, step)
+    elif lanes == 32:
+        put_four_products_32(factors, count, rows, length, column, out, at, step)
+    else:
+        put_four_products_16(factors, count, rows, length, column, out, at, step)

@@ -41,9 +41,11 @@ from fastmono.engines.simd import (
 )
 from fastmono.optim import ADAMW_EPS, ADAMW_WEIGHT_DECAY, BETA1, BETA2, LAMB_EPS, LAMB_LARGEST_NORM
 
-SOURCES = "a057cb2fa0d55b18"
+SOURCES = "34442e967584661f"
 """As in cpu_kernels.py, of simd.py, cpu_problem.py, cpu_rows.py and fastmono/optim.py."""
 ONE = np.float32(1.0)
+COASTS = np.float32(2.0)
+"""CHANGED of a neuron that moves without a gradient."""
 FIRST_KEPT, FIRST_NEW = np.float32(BETA1), np.float32(1 - BETA1)
 SECOND_KEPT, SECOND_NEW = np.float32(BETA2), np.float32(1 - BETA2)
 SMALL_LAMB, SMALL_ADAMW = np.float32(LAMB_EPS), np.float32(ADAMW_EPS)
@@ -67,22 +69,46 @@ def clear_row(p, j):
 
 
 @inner
-def moments(p, first, last, unit, norm_p, norm_u):
-    """Update both moments of the numbers first to last, and leave LAMB's u in GRADIENT; returns sums of p^2 and u^2,
-    16 of each, added to those given, and whether the first moment is not 0."""
-    some = splat(ZERO, REGISTER)
+def add_square(sum, x):
+    """sum + x^2, lane by lane."""
+    return add(sum, multiply(x, x))
+
+
+@inner
+def moments_at(p, i, g):
+    """Update both moments of 16 numbers with their gradient; returns the first one, and LAMB's u."""
+    m = multiply_add(FIRST_NEW, g, multiply(splat(FIRST_KEPT, REGISTER), load(p.FIRST, i, REGISTER)))
+    kept = multiply(splat(SECOND_KEPT, REGISTER), load(p.SECOND, i, REGISTER))
+    v = multiply_add(SECOND_NEW, multiply(g, g), kept)
+    store(p.FIRST, i, m)
+    store(p.SECOND, i, v)
+    return m, divide(m, add(square_root(v), splat(SMALL_LAMB, REGISTER)))
+
+
+@inner
+def moments(p, first, last, unit):
+    """Update both moments of a tensor, the numbers first to last, and leave LAMB's u in GRADIENT; returns sums of p^2
+    and u^2, 16 of each."""
+    norm_p, norm_u = splat(ZERO, REGISTER), splat(ZERO, REGISTER)
     for i in range(first, last, REGISTER):
-        g = multiply(splat(unit, REGISTER), load(p.GRADIENT, i, REGISTER))
-        m = multiply_add(FIRST_NEW, g, multiply(splat(FIRST_KEPT, REGISTER), load(p.FIRST, i, REGISTER)))
-        kept = multiply(splat(SECOND_KEPT, REGISTER), load(p.SECOND, i, REGISTER))
-        v = multiply_add(SECOND_NEW, multiply(g, g), kept)
-        store(p.FIRST, i, m)
-        store(p.SECOND, i, v)
-        u = divide(m, add(square_root(v), splat(SMALL_LAMB, REGISTER)))
+        _, u = moments_at(p, i, multiply(splat(unit, REGISTER), load(p.GRADIENT, i, REGISTER)))
         store(p.GRADIENT, i, u)
-        x = load(p.PARAMETERS, i, REGISTER)
-        norm_p, norm_u, some = add(norm_p, multiply(x, x)), add(norm_u, multiply(u, u)), either(some, m)
-    return norm_p, norm_u, any_nonzero(some)
+        norm_p, norm_u = add_square(norm_p, load(p.PARAMETERS, i, REGISTER)), add_square(norm_u, u)
+    return norm_p, norm_u
+
+
+@inner
+def moments_of_row(p, first, last, unit, has_gradient, norm_u):
+    """The same of one row, whose gradient may be 0 and not be there; returns norm_u with its u^2 added, and whether its
+    first moment is not 0."""
+    some, g = splat(ZERO, REGISTER), splat(ZERO, REGISTER)
+    for i in range(first, last, REGISTER):
+        if has_gradient:
+            g = multiply(splat(unit, REGISTER), load(p.GRADIENT, i, REGISTER))
+        m, u = moments_at(p, i, g)
+        store(p.GRADIENT, i, u)
+        norm_u, some = add_square(norm_u, u), either(some, m)
+    return norm_u, any_nonzero(some)
 
 
 @inner
@@ -95,12 +121,6 @@ def lamb_scale(norm_p, norm_u, lr):
 
 
 @inner
-def add_square(sum, x):
-    """sum + x^2, lane by lane."""
-    return add(sum, multiply(x, x))
-
-
-@inner
 def note_change(p, change):
     """Add 16 sums of squares to CHANGE, where that is asked for."""
     if p.decay == RATE:
@@ -110,17 +130,18 @@ def note_change(p, change):
 @inner
 def add_step(p, first, last, scale, factor):
     """Parameters first to last: `factor` times what `scale` times GRADIENT makes of them; 0, or NaN where they are not
-    finite."""
-    finite, change = splat(ZERO, REGISTER), splat(ZERO, REGISTER)
+    finite, and 16 sums of their squares."""
+    finite, squares, change = splat(ZERO, REGISTER), splat(ZERO, REGISTER), splat(ZERO, REGISTER)
     for i in range(first, last, REGISTER):
         old = load(p.PARAMETERS, i, REGISTER)
         x = multiply(splat(factor, REGISTER), multiply_add(scale, load(p.GRADIENT, i, REGISTER), old))
         store(p.PARAMETERS, i, x)
         finite = multiply_add(ZERO, x, finite)  # 0 inf and 0 NaN are NaN
+        squares = add_square(squares, x)
         if p.decay == RATE:
             change = add_square(change, subtract(x, old))
     note_change(p, change)
-    return finite
+    return finite, squares
 
 
 @inner
@@ -145,51 +166,69 @@ def add_adamw_step(p, first, last, lr, corrections, step, factor):
 @inner
 def update_tensor(p, first, last, unit, lr, corrections, step, factor):
     """One optimizer step and `factor` on the tensor of the numbers first to last; whether they are finite."""
-    none = splat(ZERO, REGISTER)
     if p.optimizer == LAMB:
-        norm_p, norm_u, _ = moments(p, first, last, unit, none, none)
-        finite = add_step(p, first, last, lamb_scale(norm_p, norm_u, lr), factor)
+        norm_p, norm_u = moments(p, first, last, unit)
+        finite, _ = add_step(p, first, last, lamb_scale(norm_p, norm_u, lr), factor)
     elif p.optimizer == ADAMW:
-        moments(p, first, last, unit, none, none)
+        moments(p, first, last, unit)
         finite = add_adamw_step(p, first, last, lr, corrections, step, factor)
     else:
-        finite = add_step(p, first, last, -lr * unit, factor)
+        finite, _ = add_step(p, first, last, -lr * unit, factor)
     return dot(finite, splat(ONE, REGISTER)) == ZERO
 
 
 @inner
-def update_weights(p, first, length, unit, lr):
-    """`update_tensor` of the rows of a tensor that may change (CHANGED), for LAMB; notes which are MOVING."""
+def update_weights(p, first, length, squares, unit, lr):
+    """`update_tensor` of the rows of a tensor that may change (CHANGED), for LAMB; notes which are MOVING. All rows'
+    sums of squares are at the address `squares`."""
     norm_p, norm_u, finite = splat(ZERO, REGISTER), splat(ZERO, REGISTER), splat(ZERO, REGISTER)
+    ones = splat(ONE, REGISTER)
+    for j in range(0, p.k, REGISTER):
+        norm_p = add(norm_p, load(squares, j, REGISTER))
     for j in range(p.k):
-        row = first + j * length
-        if get_float(p.CHANGED, j) != ZERO:
-            norm_p, norm_u, moves = moments(p, row, row + length, unit, norm_p, norm_u)
+        changed = get_float(p.CHANGED, j)
+        if changed != ZERO:
+            row = first + j * length
+            norm_u, moves = moments_of_row(p, row, row + length, unit, changed != COASTS, norm_u)
             if moves:
                 put_float(p.MOVING, j, ONE)
-        else:
-            for i in range(row, row + length, REGISTER):
-                x = load(p.PARAMETERS, i, REGISTER)
-                norm_p, finite = add(norm_p, multiply(x, x)), multiply_add(ZERO, x, finite)
     scale = lamb_scale(norm_p, norm_u, lr)
-    for j in range(p.k):
+    for j in range(p.k - 1, -1, -1):  # the last ones are still in the cache
         if get_float(p.CHANGED, j) != ZERO:
-            finite = add(finite, add_step(p, first + j * length, first + (j + 1) * length, scale, ONE))
-    return dot(finite, splat(ONE, REGISTER)) == ZERO
+            row_finite, row_squares = add_step(p, first + j * length, first + (j + 1) * length, scale, ONE)
+            finite = add(finite, row_finite)
+            put_float(squares, j, dot(row_squares, ones))
+    return dot(finite, ones) == ZERO
 
 
 @inner
-def find_moving_rows(p):
-    """MOVING and BEHIND before the first of several steps."""
+def look_at_row(p, first, last, squares, j):
+    """Sets a row's sum of squares; returns 16 numbers that are 0 where its first moment is, and 16 that are 0 unless a
+    weight is not finite."""
+    total, some, finite = splat(ZERO, REGISTER), splat(ZERO, REGISTER), splat(ZERO, REGISTER)
+    for i in range(first, last, REGISTER):
+        x = load(p.PARAMETERS, i, REGISTER)
+        total, finite = add_square(total, x), multiply_add(ZERO, x, finite)
+        some = either(some, load(p.FIRST, i, REGISTER))
+    put_float(squares, j, dot(total, splat(ONE, REGISTER)))
+    return some, finite
+
+
+@inner
+def look_at_rows(p):
+    """MOVING, BEHIND and SQUARES before the first of several steps; whether the weights are finite, for LAMB, whose
+    steps look at those alone that change."""
+    finite = splat(ZERO, REGISTER)
     for j in range(p.k):
-        some = splat(ZERO, REGISTER)
-        if p.optimizer == LAMB:
-            for i in range(j * p.M, (j + 1) * p.M, REGISTER):
-                some = either(some, load(p.FIRST, i, REGISTER))
-            for i in range(p.at_out + j * p.O, p.at_out + (j + 1) * p.O, REGISTER):
-                some = either(some, load(p.FIRST, i, REGISTER))
-        put_float(p.MOVING, j, ONE if p.optimizer != LAMB or any_nonzero(some) else ZERO)
         put_int(p.BEHIND, j, 0)
+        put_float(p.MOVING, j, ONE)
+        if p.optimizer == LAMB:
+            some, row_finite = look_at_row(p, j * p.M, (j + 1) * p.M, p.SQUARES, j)
+            other, other_finite = look_at_row(p, p.at_out + j * p.O, p.at_out + (j + 1) * p.O, p.SQUARES + 4 * p.K, j)
+            finite = add(finite, add(row_finite, other_finite))
+            if not any_nonzero(either(some, other)):
+                put_float(p.MOVING, j, ZERO)
+    return dot(finite, splat(ONE, REGISTER)) == ZERO
 
 
 @inner
@@ -280,8 +319,9 @@ def update_rows(p, unit, lr, corrections, step, factor, strength):
     rows are not what they were."""
     for j in range(p.k):
         if get_float(p.CHANGED, j) == ZERO and get_float(p.MOVING, j) != ZERO:
-            clear_row(p, j)
-            put_float(p.CHANGED, j, ONE)
+            if p.optimizer != LAMB:
+                clear_row(p, j)
+            put_float(p.CHANGED, j, COASTS)
         if get_float(p.CHANGED, j) != ZERO:
             catch_up_row(p, j)
         else:
@@ -291,8 +331,8 @@ def update_rows(p, unit, lr, corrections, step, factor, strength):
     fill(p.MOVING, 0, p.K)
     finite = update_others(p, unit, lr, corrections, step, factor)
     size = size_of_weights(p)
-    finite &= update_weights(p, 0, p.M, unit, lr)
-    finite &= update_weights(p, p.at_out, p.O, unit, lr)
+    finite &= update_weights(p, 0, p.M, p.SQUARES, unit, lr)
+    finite &= update_weights(p, p.at_out, p.O, p.SQUARES + 4 * p.K, unit, lr)
     return finite & decay_biases(p, strength, size)
 
 

@@ -6,13 +6,15 @@ its arrays wherever a function takes one, which costs more than some of the rows
 
     load, store              a vector at base + offset          splat            a scalar in every lane
     add, subtract, ...       lane by lane                       multiply_add     acc + a v for a scalar a, rounded once
-    either, any_nonzero      their bits together; whether one is not 0
+    either                   their bits together
+    any_nonzero, count_nonzero   whether a lane is not 0; how many
     dot, four_dots           sums of v w                        get_*, put_*     single numbers
     keep_nonzero             those of 16 numbers that are not 0, one after another, with their indices
-    keep_active              the same for active ones, which are marked as well
+    keep_active              the same for active ones
     active_lanes             a word with a bit for each lane that is active
+    transpose_bits           of 64 words
+    transpose_rows           of 16 rows that lie anywhere
     trailing_zeros           index of a word's lowest set bit
-    count_bits               how many are set
 """
 
 from __future__ import annotations
@@ -190,6 +192,37 @@ def either(context, v, w):
     return v(v, w), generate
 
 
+def _larger(builder: Any, v: Any, w: Any) -> Any:
+    return builder.select(builder.fcmp_unordered(">", v, w), v, w)
+
+
+@intrinsic
+def larger(context, v, w):
+    """The larger number of each lane, or NaN if v has it, or w."""
+
+    def generate(context, builder, signature, args):
+        v, w = args
+        return builder.select(builder.fcmp_unordered("!=", w, w), w, _larger(builder, v, w))
+
+    return v(v, w), generate
+
+
+@intrinsic
+def highest(context, v):
+    """The largest of 16 numbers, or NaN if one of them is."""
+
+    def generate(context, builder, signature, args):
+        (top,) = args
+        count = REGISTER
+        while count > 1:
+            count //= 2
+            a, b = _lanes(builder, top, 0, count), _lanes(builder, top, count, count)
+            top = builder.select(builder.fcmp_unordered("!=", b, b), b, _larger(builder, a, b))
+        return builder.extract_element(top, ir.Constant(INT32, 0))
+
+    return types.float32(v), generate
+
+
 @intrinsic
 def any_nonzero(context, v):
     """Whether a lane of 16 is not 0, or NaN."""
@@ -200,6 +233,17 @@ def any_nonzero(context, v):
         return builder.icmp_unsigned("!=", builder.bitcast(mask, kind), ir.Constant(kind, 0))
 
     return types.boolean(v), generate
+
+
+@intrinsic
+def count_nonzero(context, v):
+    """How many of 16 lanes are not 0, or NaN."""
+
+    def generate(context, builder, signature, args):
+        mask = builder.fcmp_unordered("!=", args[0], _constant(REGISTER, FLOAT, [0.0] * REGISTER))
+        return builder.zext(builder.ctpop(builder.bitcast(mask, ir.IntType(REGISTER))), INT64)
+
+    return types.int64(v), generate
 
 
 @intrinsic
@@ -266,11 +310,10 @@ def _positive(builder: Any, v: Any) -> Any:
     return builder.fcmp_unordered(">", v, _constant(REGISTER, FLOAT, [0.0] * REGISTER))
 
 
-def _pack(builder: Any, v: Any, mask: Any, number: Any, indices: Any, values: Any, at: Any) -> Any:
-    """Those of 16 numbers whose flag is set go to `values` at `at`, and their numbers, from `number` on, to `indices`.
-    Writes 16 of both; returns the next `at`."""
+def _pack(builder: Any, v: Any, mask: Any, numbers: Any, indices: Any, values: Any, at: Any) -> Any:
+    """Those of 16 numbers whose flag is set go to `values` at `at`, and of 16 `numbers` to `indices`. Writes 16 of
+    both; returns the next `at`."""
     n = REGISTER
-    numbers = builder.add(_splat(builder, builder.trunc(number, INT32), n), _constant(n, INT32, list(range(n))))
     for data, to, element, name in ((numbers, indices, INT32, "i32"), (v, values, FLOAT, "f32")):
         kind, flags = _vector(n, element), _vector(n, ir.IntType(1))
         function = _function(builder, f"llvm.experimental.vector.compress.v{n}{name}", kind, kind, flags, kind)
@@ -288,31 +331,30 @@ def keep_nonzero(context, source, offset, number, indices, values, at):
         source, offset, *rest = args
         v = _load(builder, source, offset, REGISTER)
         mask = builder.fcmp_unordered("!=", v, _constant(REGISTER, FLOAT, [0.0] * REGISTER))
-        return _pack(builder, v, mask, *rest)
+        number, *rest = rest
+        counting = _constant(REGISTER, INT32, list(range(REGISTER)))
+        numbers = builder.add(_splat(builder, builder.trunc(number, INT32), REGISTER), counting)
+        return _pack(builder, v, mask, numbers, *rest)
 
     return types.int64(*[types.int64] * 6), generate
 
 
 @intrinsic
-def keep_active(context, v, words, bit, number, indices, values, at):
-    """Of a vector, `bit` is set in the words number, number + 1, ... of the active numbers (above 0 or NaN), and those
-    go to `values` and `indices` as in `keep_nonzero`. Returns the next `at`."""
+def keep_active(context, v, numbers, number, indices, values, at):
+    """Of a vector the active numbers (above 0 or NaN) go to `values` at `at`, and so many of the int32 at `numbers`,
+    from `number` on, to `indices`. Writes 16 of both at least; returns the next `at`."""
 
     def generate(context, builder, signature, args):
-        whole, words, bit, number, indices, values, at = args
-        bits = _splat(builder, bit, REGISTER)
+        whole, numbers, number, indices, values, at = args
         for first in range(0, v.lanes, REGISTER):
             part = _lanes(builder, whole, first, REGISTER)
-            mask = _positive(builder, part)
             here = builder.add(number, ir.Constant(INT64, first))
-            pointer = _pointer(builder, words, here, INT64, REGISTER)
-            before = builder.load(pointer)
-            before.align = 8
-            builder.store(builder.select(mask, builder.or_(before, bits), before), pointer).align = 8
-            at = _pack(builder, part, mask, here, indices, values, at)
+            named = builder.load(_pointer(builder, numbers, here, INT32, REGISTER))
+            named.align = 4
+            at = _pack(builder, part, _positive(builder, part), named, indices, values, at)
         return at
 
-    return types.int64(v, types.int64, types.uint64, *[types.int64] * 4), generate
+    return types.int64(v, *[types.int64] * 5), generate
 
 
 @intrinsic
@@ -326,6 +368,56 @@ def active_lanes(context, v):
         return bits if v.lanes == 64 else builder.zext(bits, INT64)
 
     return types.uint64(v), generate
+
+
+@intrinsic
+def transpose_bits(context, source, out):
+    """Bit c of word r of the 64 words at `source` becomes bit r of word c of the 64 at `out`."""
+
+    def generate(context, builder, signature, args):
+        n = 64
+        kind = _vector(n, INT64)
+        source, out = (builder.inttoptr(address, kind.as_pointer()) for address in args)
+        x = builder.load(source)
+        x.align = 8
+        for j in (32, 16, 8, 4, 2, 1):  # blocks of j bits and words change places across the diagonal
+            low = sum(1 << i for i in range(n) if not i & j)
+            y = builder.shuffle_vector(x, x, _constant(n, INT32, [i ^ j for i in range(n)]))
+            shift, keep, move = (_constant(n, INT64, [value] * n) for value in (j, low, low << j & 2**n - 1))
+            above = builder.or_(builder.and_(x, keep), builder.shl(builder.and_(y, keep), shift))
+            below = builder.or_(builder.and_(x, move), builder.and_(builder.lshr(y, shift), keep))
+            first = _constant(n, ir.IntType(1), [not i & j for i in range(n)])
+            x = builder.select(first, above, below)
+        builder.store(x, out).align = 8
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def transpose_rows(context, rows, numbers, length, column, out, at, step):
+    """The 16 numbers from `column` on of the rows numbers[0] to numbers[15] go, as columns of 16, to out[at:],
+    out[at + step:], ..."""
+
+    def generate(context, builder, signature, args):
+        rows, numbers, length, column, out, at, step = args
+        n = REGISTER
+        v = []
+        for i in range(n):
+            number = builder.load(_pointer(builder, numbers, ir.Constant(INT64, i), INT32))
+            v.append(_load(builder, rows, builder.add(builder.mul(builder.sext(number, INT64), length), column), n))
+        for j in (8, 4, 2, 1):  # blocks of j x j change places across the diagonal
+            above = _constant(n, INT32, [i if not i & j else n + i - j for i in range(n)])
+            below = _constant(n, INT32, [i + j if not i & j else n + i for i in range(n)])
+            for i in range(n):
+                if not i & j:
+                    a, b = v[i], v[i | j]
+                    v[i], v[i | j] = builder.shuffle_vector(a, b, above), builder.shuffle_vector(a, b, below)
+        for i in range(n):
+            _store(builder, v[i], out, builder.add(at, builder.mul(step, ir.Constant(INT64, i))), FLOAT, n)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), generate
 
 
 def _scalars(element: Any, kind: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -363,15 +455,5 @@ def trailing_zeros(context, word):
 
     def generate(context, builder, signature, args):
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
-
-    return types.int64(types.uint64), generate
-
-
-@intrinsic
-def count_bits(context, word):
-    """How many bits of a word are set."""
-
-    def generate(context, builder, signature, args):
-        return builder.ctpop(args[0])
 
     return types.int64(types.uint64), generate
