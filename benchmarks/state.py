@@ -80,7 +80,8 @@ class State:
         )  # fmt: skip
 
     def to_block(self, dtype: torch.dtype = torch.float32) -> Block:
-        """The same as a block of its own, which an engine may train."""
+        """The same as a block of its own, which an engine may train. The order of neurons is not kept: the CPU engine
+        renews it at multiples of 64 steps, where all suites' states are."""
         projections = [P.clone().to(dtype) for P in self.P]  # one object a stream: engines share batches by it
         models = []
         for i, spec in enumerate(self.specs):

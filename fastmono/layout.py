@@ -10,6 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fastmono.files import BadFile, TensorFile
 from fastmono.metrics import NAMES
 from fastmono.spec import LARGEST_STEPS, ModelSpec
@@ -70,6 +73,15 @@ def check_shapes(file: TensorFile, models: list[str], specs: Mapping[str, ModelS
                 del expected["order"]
         if wrong := _mismatch(file, expected):
             raise BadFile(file.path, f"does not fit its models: {wrong}")
+
+
+def check_order(file: TensorFile, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state. `BadFile` where the order of a model's neurons, which becomes addresses, is not one."""
+    if (order := tensors.get("order")) is not None:
+        found = order.sort(-1).values
+        if not torch.equal(found, torch.arange(found.shape[-1]).expand_as(found)):
+            raise BadFile(file.path, "does not fit its models: order does not have each neuron once")
+    return tensors
 
 
 def check_history(file: TensorFile, specs: Sequence[ModelSpec]) -> list[str]:

@@ -108,9 +108,7 @@ class Session:
                     shards, then = (plan.shards, tuple) if self.rungs is None else ((), self._next_shards)
                     Dispatcher(self.directory, shards, self._pool(descriptors), self._hear, self.stop, then).run()
                 self._settle()
-                for spec, name in plan.items():
-                    if self.statuses[name] == "done":
-                        self._pass(spec.steps, [name])
+                self._pass_unreported()
                 counted = Counter(self.statuses.values())
                 said = ", ".join(f"{count} {status}" for status, count in counted.items())
                 self.last_said = 0.0
@@ -262,8 +260,20 @@ class Session:
 
     def _pass(self, step: int, models: Sequence[str]) -> None:
         """These models are past a step: also past checkpoints that a worker wrote and did not live to report."""
-        for passed in sorted(awaited for awaited in self.awaited if awaited <= step):
+        for passed in sorted(s for s, waiting in self.awaited.items() if s <= step and not waiting.isdisjoint(models)):
             self._reach(passed, models)
+
+    def _pass_unreported(self) -> None:
+        """The same at the end, for models that nobody reported since."""
+        if not any(self.awaited.values()):
+            return
+        saved = self.directory.newest_states(self.plan.hashes, verify=False)
+        for spec, name in self.plan.items():
+            if self.statuses[name] == "done":
+                diverged = saved[name].diverged_step if name in saved else None
+                self._pass(spec.steps if diverged is None else diverged - 1, [name])
+                self._await_no_more([name])
+        self._reach(0, ())
 
     def _reach(self, step: int, models: Iterable[str]) -> None:
         if self.on_checkpoint is None:

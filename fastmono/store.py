@@ -45,7 +45,7 @@ from fastmono.files import (
     write_bytes,
     write_tensors,
 )
-from fastmono.layout import LOG_EVERY, SCHEMA, check_header, check_shapes, n_checkpoints
+from fastmono.layout import LOG_EVERY, SCHEMA, check_header, check_order, check_shapes, n_checkpoints
 from fastmono.metrics import NAMES
 from fastmono.spec import Grid, ModelSpec
 
@@ -274,7 +274,7 @@ class RunDirectory:
                 continue
             try:
                 if verify:
-                    file.read_all()
+                    check_order(file, file.read_all())
             except BadFile as error:
                 aside = file.path.with_name(file.path.name + ".damaged")
                 file.path.rename(aside)
@@ -310,7 +310,7 @@ class RunDirectory:
             if row >= len(models):
                 raise BadFile(path, f"has no row {row}")
             check_shapes(file, models, self.expected | {models[row]: spec})
-            self._newest_read = saved.path, file.header["projection"], file.read_all()
+            self._newest_read = saved.path, file.header["projection"], check_order(file, file.read_all())
             self._projections.clear()
         _, projection, stacked = self._newest_read
         share = projection[row]
@@ -327,8 +327,6 @@ class RunDirectory:
         except (KeyError, ValueError) as error:
             raise BadFile(path, f"does not fit its model: {error}") from None
         if "order" in tensors:  # states had none at first
-            if not torch.equal(tensors["order"].sort().values, model.order.long()):  # it becomes addresses
-                raise BadFile(path, "does not fit its model: order does not have each neuron once")
             model.order = tensors["order"].int()
         model.diverged_step = saved.diverged_step
         measures = tensors["measures"][: n_checkpoints(saved.step, spec.steps)]

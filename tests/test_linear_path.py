@@ -113,7 +113,15 @@ def test_memory_that_is_planned_covers_a_linear_path(activation: str) -> None:
     spec = spec_of(activation=activation, **shape)
     batches = cpu_engine.Batches(spec)
     stream, work = cpu_engine.Stream(Model(spec), batches), cpu_engine.Workspace(spec, cpu_engine.path_of(spec))
-    tensors = [batches.starts, batches.indices, batches.values, stream.P_T, work.gradient, *work.buffers.values()]
+    tensors = [
+        batches.starts,
+        batches.indices,
+        batches.values,
+        stream.P_T,
+        stream.P,
+        work.gradient,
+        *work.buffers.values(),
+    ]
     taken = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     # Besides, PyTorch makes up to four tiles of activations on the way where products are dense.
     passing = 0 if activation == "relu" else 16 * cpu_dense.tile_rows(spec) * padded(164)

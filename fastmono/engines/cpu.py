@@ -295,8 +295,10 @@ class CpuEngine:
         stream = 4 * (N * m * (2 if spec.task == "reprojector" else 1) + m * padded(N) + 4 * N)
         path, K = path_of(spec), columns(spec)
         blocks = padded(-(-K // BLOCK))
-        tile = 3 * odd_lines(K) + m + odd_lines(o) + blocks + 6
-        sparse = (N + m + 10) * K + 2 * N * blocks + TILE * tile
+        lists = 3 * odd_lines(K) + blocks + 2 + m + odd_lines(o) + 1
+        tile = TILE * lists + 2 * (K + BLOCK) + 2 * (blocks + BLOCK) + blocks
+        through = (N * odd_lines(K) + N * blocks * (2 if spec.task == "abs" else 1)) if path == "features" else 0
+        sparse = through + m * odd_lines(K) + 8 * K + N + m + 2 * blocks + 5 * TILE + tile
         rows, width = tile_rows(spec), K if path == "narrow" else o
         dense = B * (m + width) + 6 * rows * K + (2 * N * K + 2 * k * k if path == "narrow" else 0)
         return batches + n_streams * stream + 4 * (flat_size(spec) + (dense if path in ("narrow", "dense") else sparse))
@@ -316,6 +318,7 @@ def train(model: Model, stream: Stream, work: Workspace, first: int, n: int) -> 
     if work.path in ("features", "embedding"):
         if first % ORDER_EVERY == 0:
             model.order = model.tensors["b"].argsort(stable=True).int()
+        work.buffers["NEURONS"][: padded(spec.n_neurons)] = model.order[-1]  # padding: of a bias that is never reached
         work.buffers["NEURONS"][: spec.n_neurons] = model.order
         each = (work.rates, work.corrections, work.factors, work.strengths, work.losses)
         well = kernels.train(problem, n, unit, half_l1, *(tensor.data_ptr() for tensor in each))

@@ -45,9 +45,8 @@ from fastmono.engines.simd import (
     store,
     subtract,
     trailing_zeros,
-    transpose_bits,
-    transpose_rows,
 )
+from fastmono.engines.simd_moves import transpose_bits, transpose_rows
 
 TILE = 64
 """Samples worked on at a time: the bits of a word."""
@@ -57,7 +56,7 @@ SINGLE = 8
 """Neurons of 16 whose columns of G^T are computed one by one, at most: for more, it takes less time to compute all."""
 LEAST_ACTIVE = 8
 """Active neurons of a sample that are worked on together, on average, where a block has fewer."""
-NEVER = np.float32(-3e38)
+NEVER = np.float32(-np.inf)
 """The bias of padding."""
 
 

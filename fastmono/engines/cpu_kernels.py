@@ -41,10 +41,10 @@ from fastmono.engines.simd import (
     store,
 )
 
-SOURCES = "4503431b4643c533"
-"""The first digits of the SHA-256 of simd.py, cpu_problem.py, cpu_rows.py, cpu_hidden.py, cpu_update.py and
-fastmono/optim.py. Numba keeps what it compiled until this file changes, and cannot see that those have: with them, this
-line must."""
+SOURCES = "5f5b50c38773211b"
+"""The first digits of the SHA-256 of simd.py, simd_moves.py, cpu_problem.py, cpu_rows.py, cpu_hidden.py, cpu_update.py
+and fastmono/optim.py. Numba keeps what it compiled until this file changes, and cannot see that those have: with them,
+this line must."""
 
 
 @inner

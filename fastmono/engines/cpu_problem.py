@@ -60,9 +60,9 @@ class Problem(NamedTuple):
     """Where W_out^T begins."""
     size: int
     G_T: int
-    """[N, LK]"""
+    """[N, LK]: its columns are those of NEURONS."""
     W_T: int
-    """[M, LK]: W_in^T."""
+    """[M, LK]: W_in^T, in the same order."""
     X: int
     """[TILE, M]"""
     E: int
@@ -78,9 +78,10 @@ class Problem(NamedTuple):
     ROW: int
     """[128]"""
     NEURONS: int
-    """int32 [K]: the neurons in the order in which they are worked on, and behind them the rows of the linear path."""
+    """int32 [K]: the neurons in the order in which they are worked on, padded with the last one, and the rows of the
+    linear path."""
     BIAS: int
-    """[K]: their biases in that order."""
+    """[K]: their biases in that order; those of padding are below all numbers."""
     STALE: int
     """[K]: whether they have CHANGED, in that order."""
     LB: int

@@ -21,7 +21,6 @@ from fastmono.engines.simd import (
     get_float,
     get_int,
     inner,
-    keep_active,
     load,
     multiply_add,
     put_float,
@@ -31,6 +30,7 @@ from fastmono.engines.simd import (
     store,
     trailing_zeros,
 )
+from fastmono.engines.simd_moves import keep_active
 
 ZERO = np.float32(0.0)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmono.engines.simd import REGISTER, entry, inner, keep_nonzero, put_int
+from fastmono.engines.simd import REGISTER, entry, inner, put_int
+from fastmono.engines.simd_moves import keep_nonzero
 from fastmono.philox import LARGEST_VALUE, M0, M1, MASK, ROUNDS, W0, W1
 
-SOURCES = "053ca614b88344e5"
-"""As in cpu_kernels.py, of simd.py and fastmono/philox.py."""
+SOURCES = "fb79d8512fac3130"
+"""As in cpu_kernels.py, of simd.py, simd_moves.py and fastmono/philox.py."""
 ZERO, HALF, LARGEST = np.float32(0.0), np.float32(0.5), np.float32(LARGEST_VALUE)
 
 

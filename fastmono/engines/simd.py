@@ -6,14 +6,11 @@ its arrays wherever a function takes one, which costs more than some of the rows
 
     load, store              a vector at base + offset          splat            a scalar in every lane
     add, subtract, ...       lane by lane                       multiply_add     acc + a v for a scalar a, rounded once
-    either                   their bits together
-    any_nonzero, count_nonzero   whether a lane is not 0; how many
+    either                   their bits together                larger           lane by lane, or NaN
+    any_nonzero              whether a lane is not 0            count_nonzero    how many
+    highest                  the largest lane, or NaN
     dot, four_dots           sums of v w                        get_*, put_*     single numbers
-    keep_nonzero             those of 16 numbers that are not 0, one after another, with their indices
-    keep_active              the same for active ones
     active_lanes             a word with a bit for each lane that is active
-    transpose_bits           of 64 words
-    transpose_rows           of 16 rows that lie anywhere
     trailing_zeros           index of a word's lowest set bit
 """
 
@@ -80,48 +77,48 @@ class VectorModel(models.PrimitiveModel):
     """A vector is one LLVM value."""
 
     def __init__(self, manager: Any, vector: Vector) -> None:
-        super().__init__(manager, vector, _vector(vector.lanes))
+        super().__init__(manager, vector, ir_vector(vector.lanes))
 
 
-def _vector(lanes: int, element: Any = FLOAT) -> Any:
+def ir_vector(lanes: int, element: Any = FLOAT) -> Any:
     return ir.VectorType(element, lanes)
 
 
-def _constant(lanes: int, element: Any, values: Any) -> Any:
-    return ir.Constant(_vector(lanes, element), values)
+def ir_constant(lanes: int, element: Any, values: Any) -> Any:
+    return ir.Constant(ir_vector(lanes, element), values)
 
 
-def _pointer(builder: Any, base: Any, offset: Any, element: Any, lanes: int = 0) -> Any:
+def ir_pointer(builder: Any, base: Any, offset: Any, element: Any, lanes: int = 0) -> Any:
     pointer = builder.gep(builder.inttoptr(base, element.as_pointer()), [offset])
-    return builder.bitcast(pointer, _vector(lanes, element).as_pointer()) if lanes else pointer
+    return builder.bitcast(pointer, ir_vector(lanes, element).as_pointer()) if lanes else pointer
 
 
-def _load(builder: Any, base: Any, offset: Any, lanes: int) -> Any:
-    value = builder.load(_pointer(builder, base, offset, FLOAT, lanes))
+def ir_load(builder: Any, base: Any, offset: Any, lanes: int) -> Any:
+    value = builder.load(ir_pointer(builder, base, offset, FLOAT, lanes))
     value.align = 4
     return value
 
 
-def _store(builder: Any, value: Any, base: Any, offset: Any, element: Any, lanes: int) -> None:
-    builder.store(value, _pointer(builder, base, offset, element, lanes)).align = 4
+def ir_store(builder: Any, value: Any, base: Any, offset: Any, element: Any, lanes: int) -> None:
+    builder.store(value, ir_pointer(builder, base, offset, element, lanes)).align = 4
 
 
-def _splat(builder: Any, x: Any, lanes: int) -> Any:
-    first = builder.insert_element(_constant(lanes, x.type, ir.Undefined), x, ir.Constant(INT32, 0))
-    return builder.shuffle_vector(first, first, _constant(lanes, INT32, [0] * lanes))
+def ir_splat(builder: Any, x: Any, lanes: int) -> Any:
+    first = builder.insert_element(ir_constant(lanes, x.type, ir.Undefined), x, ir.Constant(INT32, 0))
+    return builder.shuffle_vector(first, first, ir_constant(lanes, INT32, [0] * lanes))
 
 
-def _lanes(builder: Any, v: Any, first: int, count: int) -> Any:
-    return builder.shuffle_vector(v, v, _constant(count, INT32, list(range(first, first + count))))
+def ir_lanes(builder: Any, v: Any, first: int, count: int) -> Any:
+    return builder.shuffle_vector(v, v, ir_constant(count, INT32, list(range(first, first + count))))
 
 
-def _function(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+def ir_function(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
     return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any, lanes: int) -> Any:
-    v = _vector(lanes)
-    return builder.call(_function(builder, f"llvm.fma.v{lanes}f32", v, v, v, v), [a, b, c])
+    v = ir_vector(lanes)
+    return builder.call(ir_function(builder, f"llvm.fma.v{lanes}f32", v, v, v, v), [a, b, c])
 
 
 @intrinsic(prefer_literal=True)
@@ -130,7 +127,7 @@ def load(context, base, offset, lanes):
     n = lanes.literal_value
 
     def generate(context, builder, signature, args):
-        return _load(builder, args[0], args[1], n)
+        return ir_load(builder, args[0], args[1], n)
 
     return Vector(n)(types.int64, types.int64, lanes), generate
 
@@ -140,7 +137,7 @@ def store(context, base, offset, v):
     """Write a vector to base + offset."""
 
     def generate(context, builder, signature, args):
-        _store(builder, args[2], args[0], args[1], FLOAT, v.lanes)
+        ir_store(builder, args[2], args[0], args[1], FLOAT, v.lanes)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, v), generate
@@ -152,7 +149,7 @@ def splat(context, x, lanes):
     n = lanes.literal_value
 
     def generate(context, builder, signature, args):
-        return _splat(builder, args[0], n)
+        return ir_splat(builder, args[0], n)
 
     return Vector(n)(types.float32, lanes), generate
 
@@ -162,7 +159,7 @@ def multiply_add(context, a, v, acc):
     """acc + a v for a scalar a."""
 
     def generate(context, builder, signature, args):
-        return _fma(builder, _splat(builder, args[0], v.lanes), args[1], args[2], v.lanes)
+        return _fma(builder, ir_splat(builder, args[0], v.lanes), args[1], args[2], v.lanes)
 
     return acc(types.float32, v, acc), generate
 
@@ -186,8 +183,8 @@ def either(context, v, w):
     """The bits of v or w: 0 where both are 0 of either sign."""
 
     def generate(context, builder, signature, args):
-        words = _vector(v.lanes, INT32)
-        return builder.bitcast(builder.or_(*(builder.bitcast(x, words) for x in args)), _vector(v.lanes))
+        words = ir_vector(v.lanes, INT32)
+        return builder.bitcast(builder.or_(*(builder.bitcast(x, words) for x in args)), ir_vector(v.lanes))
 
     return v(v, w), generate
 
@@ -216,7 +213,7 @@ def highest(context, v):
         count = REGISTER
         while count > 1:
             count //= 2
-            a, b = _lanes(builder, top, 0, count), _lanes(builder, top, count, count)
+            a, b = ir_lanes(builder, top, 0, count), ir_lanes(builder, top, count, count)
             top = builder.select(builder.fcmp_unordered("!=", b, b), b, _larger(builder, a, b))
         return builder.extract_element(top, ir.Constant(INT32, 0))
 
@@ -228,7 +225,7 @@ def any_nonzero(context, v):
     """Whether a lane of 16 is not 0, or NaN."""
 
     def generate(context, builder, signature, args):
-        mask = builder.fcmp_unordered("!=", args[0], _constant(REGISTER, FLOAT, [0.0] * REGISTER))
+        mask = builder.fcmp_unordered("!=", args[0], ir_constant(REGISTER, FLOAT, [0.0] * REGISTER))
         kind = ir.IntType(REGISTER)
         return builder.icmp_unsigned("!=", builder.bitcast(mask, kind), ir.Constant(kind, 0))
 
@@ -240,7 +237,7 @@ def count_nonzero(context, v):
     """How many of 16 lanes are not 0, or NaN."""
 
     def generate(context, builder, signature, args):
-        mask = builder.fcmp_unordered("!=", args[0], _constant(REGISTER, FLOAT, [0.0] * REGISTER))
+        mask = builder.fcmp_unordered("!=", args[0], ir_constant(REGISTER, FLOAT, [0.0] * REGISTER))
         return builder.zext(builder.ctpop(builder.bitcast(mask, ir.IntType(REGISTER))), INT64)
 
     return types.int64(v), generate
@@ -251,8 +248,8 @@ def square_root(context, v):
     """The square root of each lane, correctly rounded."""
 
     def generate(context, builder, signature, args):
-        kind = _vector(v.lanes)
-        return builder.call(_function(builder, f"llvm.sqrt.v{v.lanes}f32", kind, kind), args)
+        kind = ir_vector(v.lanes)
+        return builder.call(ir_function(builder, f"llvm.sqrt.v{v.lanes}f32", kind, kind), args)
 
     return v(v), generate
 
@@ -261,7 +258,7 @@ def _products(builder: Any, v: Any, w: Any, lanes: int) -> Any:
     """16 partial sums of v w."""
     total = None
     for first in range(0, lanes, REGISTER):
-        a, b = (_lanes(builder, x, first, REGISTER) for x in (v, w))
+        a, b = (ir_lanes(builder, x, first, REGISTER) for x in (v, w))
         total = builder.fmul(a, b) if total is None else _fma(builder, a, b, total, REGISTER)
     return total
 
@@ -271,7 +268,7 @@ def _fold(builder: Any, total: Any, width: int) -> Any:
     count = REGISTER
     while count > width:
         count //= 2
-        total = builder.fadd(_lanes(builder, total, 0, count), _lanes(builder, total, count, count))
+        total = builder.fadd(ir_lanes(builder, total, 0, count), ir_lanes(builder, total, count, count))
     return total
 
 
@@ -294,7 +291,7 @@ def four_dots(context, v, w0, w1, w2, w3):
         def pairs(a: Any, b: Any, order: list[int]) -> Any:
             # `order` picks four of a's lanes 0 to 3 and b's 4 to 7 in each quarter of a register.
             picked = [4 * q + i % 4 + (REGISTER if i > 3 else 0) for q in range(REGISTER // 4) for i in order]
-            return builder.shuffle_vector(a, b, _constant(REGISTER, INT32, picked))
+            return builder.shuffle_vector(a, b, ir_constant(REGISTER, INT32, picked))
 
         sums = [_products(builder, args[0], w, v.lanes) for w in args[1:]]
         ab, cd = (
@@ -305,119 +302,17 @@ def four_dots(context, v, w0, w1, w2, w3):
     return Vector(4)(v, w0, w1, w2, w3), generate
 
 
-def _positive(builder: Any, v: Any) -> Any:
-    """Which of 16 numbers are above 0 or NaN."""
-    return builder.fcmp_unordered(">", v, _constant(REGISTER, FLOAT, [0.0] * REGISTER))
-
-
-def _pack(builder: Any, v: Any, mask: Any, numbers: Any, indices: Any, values: Any, at: Any) -> Any:
-    """Those of 16 numbers whose flag is set go to `values` at `at`, and of 16 `numbers` to `indices`. Writes 16 of
-    both; returns the next `at`."""
-    n = REGISTER
-    for data, to, element, name in ((numbers, indices, INT32, "i32"), (v, values, FLOAT, "f32")):
-        kind, flags = _vector(n, element), _vector(n, ir.IntType(1))
-        function = _function(builder, f"llvm.experimental.vector.compress.v{n}{name}", kind, kind, flags, kind)
-        packed = builder.call(function, [data, mask, _constant(n, element, ir.Undefined)])
-        _store(builder, packed, to, at, element, n)
-    return builder.add(at, builder.zext(builder.ctpop(builder.bitcast(mask, ir.IntType(n))), INT64))
-
-
-@intrinsic
-def keep_nonzero(context, source, offset, number, indices, values, at):
-    """Of the 16 numbers at source + offset those that are not 0 go to `values` at `at`, and their numbers, from
-    `number` on, to `indices`. Writes 16 of both; returns the next `at`."""
-
-    def generate(context, builder, signature, args):
-        source, offset, *rest = args
-        v = _load(builder, source, offset, REGISTER)
-        mask = builder.fcmp_unordered("!=", v, _constant(REGISTER, FLOAT, [0.0] * REGISTER))
-        number, *rest = rest
-        counting = _constant(REGISTER, INT32, list(range(REGISTER)))
-        numbers = builder.add(_splat(builder, builder.trunc(number, INT32), REGISTER), counting)
-        return _pack(builder, v, mask, numbers, *rest)
-
-    return types.int64(*[types.int64] * 6), generate
-
-
-@intrinsic
-def keep_active(context, v, numbers, number, indices, values, at):
-    """Of a vector the active numbers (above 0 or NaN) go to `values` at `at`, and so many of the int32 at `numbers`,
-    from `number` on, to `indices`. Writes 16 of both at least; returns the next `at`."""
-
-    def generate(context, builder, signature, args):
-        whole, numbers, number, indices, values, at = args
-        for first in range(0, v.lanes, REGISTER):
-            part = _lanes(builder, whole, first, REGISTER)
-            here = builder.add(number, ir.Constant(INT64, first))
-            named = builder.load(_pointer(builder, numbers, here, INT32, REGISTER))
-            named.align = 4
-            at = _pack(builder, part, _positive(builder, part), named, indices, values, at)
-        return at
-
-    return types.int64(v, *[types.int64] * 5), generate
-
-
 @intrinsic
 def active_lanes(context, v):
     """A word with a bit for each lane, at most 64, that is above 0 or NaN."""
 
     def generate(context, builder, signature, args):
-        zeros = _constant(v.lanes, FLOAT, [0.0] * v.lanes)
+        zeros = ir_constant(v.lanes, FLOAT, [0.0] * v.lanes)
         mask = builder.fcmp_unordered(">", args[0], zeros)
         bits = builder.bitcast(mask, ir.IntType(v.lanes))
         return bits if v.lanes == 64 else builder.zext(bits, INT64)
 
     return types.uint64(v), generate
-
-
-@intrinsic
-def transpose_bits(context, source, out):
-    """Bit c of word r of the 64 words at `source` becomes bit r of word c of the 64 at `out`."""
-
-    def generate(context, builder, signature, args):
-        n = 64
-        kind = _vector(n, INT64)
-        source, out = (builder.inttoptr(address, kind.as_pointer()) for address in args)
-        x = builder.load(source)
-        x.align = 8
-        for j in (32, 16, 8, 4, 2, 1):  # blocks of j bits and words change places across the diagonal
-            low = sum(1 << i for i in range(n) if not i & j)
-            y = builder.shuffle_vector(x, x, _constant(n, INT32, [i ^ j for i in range(n)]))
-            shift, keep, move = (_constant(n, INT64, [value] * n) for value in (j, low, low << j & 2**n - 1))
-            above = builder.or_(builder.and_(x, keep), builder.shl(builder.and_(y, keep), shift))
-            below = builder.or_(builder.and_(x, move), builder.and_(builder.lshr(y, shift), keep))
-            first = _constant(n, ir.IntType(1), [not i & j for i in range(n)])
-            x = builder.select(first, above, below)
-        builder.store(x, out).align = 8
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
-
-
-@intrinsic
-def transpose_rows(context, rows, numbers, length, column, out, at, step):
-    """The 16 numbers from `column` on of the rows numbers[0] to numbers[15] go, as columns of 16, to out[at:],
-    out[at + step:], ..."""
-
-    def generate(context, builder, signature, args):
-        rows, numbers, length, column, out, at, step = args
-        n = REGISTER
-        v = []
-        for i in range(n):
-            number = builder.load(_pointer(builder, numbers, ir.Constant(INT64, i), INT32))
-            v.append(_load(builder, rows, builder.add(builder.mul(builder.sext(number, INT64), length), column), n))
-        for j in (8, 4, 2, 1):  # blocks of j x j change places across the diagonal
-            above = _constant(n, INT32, [i if not i & j else n + i - j for i in range(n)])
-            below = _constant(n, INT32, [i + j if not i & j else n + i for i in range(n)])
-            for i in range(n):
-                if not i & j:
-                    a, b = v[i], v[i | j]
-                    v[i], v[i | j] = builder.shuffle_vector(a, b, above), builder.shuffle_vector(a, b, below)
-        for i in range(n):
-            _store(builder, v[i], out, builder.add(at, builder.mul(step, ir.Constant(INT64, i))), FLOAT, n)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 7), generate
 
 
 def _scalars(element: Any, kind: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -427,7 +322,7 @@ def _scalars(element: Any, kind: Any) -> tuple[Callable[..., Any], Callable[...,
     @intrinsic
     def get(context, base, offset):
         def generate(context, builder, signature, args):
-            value = builder.load(_pointer(builder, args[0], args[1], element))
+            value = builder.load(ir_pointer(builder, args[0], args[1], element))
             return builder.sext(value, INT64) if widens else value
 
         return kind(types.int64, types.int64), generate
@@ -436,7 +331,7 @@ def _scalars(element: Any, kind: Any) -> tuple[Callable[..., Any], Callable[...,
     def put(context, base, offset, value):
         def generate(context, builder, signature, args):
             value = builder.trunc(args[2], element) if integer and widens else args[2]
-            builder.store(value, _pointer(builder, args[0], args[1], element))
+            builder.store(value, ir_pointer(builder, args[0], args[1], element))
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, kind), generate
