@@ -167,7 +167,8 @@ def _share_of_low_slope(inside: Inside) -> float:
     return _ratio(poly, poly + mono)
 
 
-def _kept_by_map(inside: Inside) -> float:
+def kept_by_map(inside: Inside) -> float:
+    """What the least-squares map in the place of the polysemantic neurons keeps of what they lower the loss by."""
     values = [inside.numbers[name] for name in ("loss_constant", "loss_fit", "loss")]
     constant, fit, whole = (math.nan if value is None else value for value in values)
     return _ratio(constant - fit, constant - whole)
@@ -193,7 +194,7 @@ def low_rank_identity(found: Mapping[ModelSpec, Inside], scale: str, notes: tupl
             Number("share of the variance of what they add to features with a monosemantic neuron that is linear",
                    _by_seed(found, of.seeds, _number("linear_share_served")), 0.5),
             Number("share that the least-squares map in their place keeps of what they lower the loss by",
-                   _by_seed(found, of.seeds, lambda these: _median(map(_kept_by_map, these))), 0.5),
+                   _by_seed(found, of.seeds, lambda these: _median(map(kept_by_map, these))), 0.5),
         ),
         notes, of.decides,
     )  # fmt: skip

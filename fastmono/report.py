@@ -63,14 +63,19 @@ def spread(values: Iterable[float]) -> str:
     return text if low == high else f"{text} [{', '.join(value_text(float(f'{end:.3g}')) for end in (low, high))}]"
 
 
+def groups_in_order(run: Run, fields: Sequence[str]) -> list[tuple[tuple[Any, ...], list[int]]]:
+    """The models for each combination of values of some fields, in the order of these values."""
+    order = {name: {value: i for i, value in enumerate(values_of(run, name))} for name in fields}
+    groups = group_models(run, fields).items()
+    return sorted(groups, key=lambda item: [order[name][value] for name, value in zip(fields, item[0], strict=True)])
+
+
 def results_table(run: Run, field: str) -> str:
     """Results of the models that are done, a row for each combination of the swept fields: mean [lowest, highest]."""
     fields = varying_fields(run, field)
     rows: list[list[object]] = []
-    order = {name: {value: i for i, value in enumerate(values_of(run, name))} for name in fields}
-    groups = group_models(run, fields)
-    for key in sorted(groups, key=lambda key: [order[name][value] for name, value in zip(fields, key, strict=True)]):
-        models = [run.table[i] for i in groups[key]]
+    for key, group in groups_in_order(run, fields):
+        models = [run.table[i] for i in group]
         done = [row for row in models if row["status"] == "done"]
         count = str(len(done)) if len(done) == len(models) else f"{len(done)} of {len(models)}"
         rows.append([*map(value_text, key), count, *(spread(row[column] for row in done) for column in COLUMNS)])
