@@ -41,7 +41,7 @@ from fastmono.engines.simd import (
     store,
 )
 
-SOURCES = "5f5b50c38773211b"
+SOURCES = "766191b809d2bd46"
 """The first digits of the SHA-256 of simd.py, simd_moves.py, cpu_problem.py, cpu_rows.py, cpu_hidden.py, cpu_update.py
 and fastmono/optim.py. Numba keeps what it compiled until this file changes, and cannot see that those have: with them,
 this line must."""

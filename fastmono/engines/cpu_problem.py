@@ -109,7 +109,7 @@ class Problem(NamedTuple):
     """int32: 0, 1, 2, ... up to M."""
     CHANGED: int
     """[K]: 1 for a neuron with a gradient in this step, 2 for one that moves without; when the step is done, not 0 for
-    those whose rows have changed."""
+    those whose rows of W_in have changed."""
     MOVING: int
     """[K]: 1 for a neuron whose first moment, of W_in or W_out^T, is not zero; for all, with SGD and AdamW."""
     BEHIND: int

@@ -21,7 +21,9 @@ from fastmono.engines.cpu_rows import ZERO, fill
 from fastmono.engines.simd import (
     REGISTER,
     add,
+    any_bit,
     any_nonzero,
+    differing,
     divide,
     dot,
     either,
@@ -41,7 +43,7 @@ from fastmono.engines.simd import (
 )
 from fastmono.optim import ADAMW_EPS, ADAMW_WEIGHT_DECAY, BETA1, BETA2, LAMB_EPS, LAMB_LARGEST_NORM
 
-SOURCES = "6f56152376ec39d0"
+SOURCES = "118ced0a8d51f3f0"
 """As in cpu_kernels.py, of simd.py, cpu_problem.py, cpu_rows.py and fastmono/optim.py."""
 ONE = np.float32(1.0)
 COASTS = np.float32(2.0)
@@ -130,18 +132,19 @@ def note_change(p, change):
 @inner
 def add_step(p, first, last, scale, factor):
     """Parameters first to last: `factor` times what `scale` times GRADIENT makes of them; 0, or NaN where they are not
-    finite, and 16 sums of their squares."""
+    finite, 16 sums of their squares, and whether one is another number than before."""
     finite, squares, change = splat(ZERO, REGISTER), splat(ZERO, REGISTER), splat(ZERO, REGISTER)
+    bits = splat(ZERO, REGISTER)
     for i in range(first, last, REGISTER):
         old = load(p.PARAMETERS, i, REGISTER)
         x = multiply(splat(factor, REGISTER), multiply_add(scale, load(p.GRADIENT, i, REGISTER), old))
         store(p.PARAMETERS, i, x)
         finite = multiply_add(ZERO, x, finite)  # 0 inf and 0 NaN are NaN
-        squares = add_square(squares, x)
+        squares, bits = add_square(squares, x), differing(bits, x, old)
         if p.decay == RATE:
             change = add_square(change, subtract(x, old))
     note_change(p, change)
-    return finite, squares
+    return finite, squares, any_bit(bits)
 
 
 @inner
@@ -168,19 +171,20 @@ def update_tensor(p, first, last, unit, lr, corrections, step, factor):
     """One optimizer step and `factor` on the tensor of the numbers first to last; whether they are finite."""
     if p.optimizer == LAMB:
         norm_p, norm_u = moments(p, first, last, unit)
-        finite, _ = add_step(p, first, last, lamb_scale(norm_p, norm_u, lr), factor)
+        finite, _, _ = add_step(p, first, last, lamb_scale(norm_p, norm_u, lr), factor)
     elif p.optimizer == ADAMW:
         moments(p, first, last, unit)
         finite = add_adamw_step(p, first, last, lr, corrections, step, factor)
     else:
-        finite, _ = add_step(p, first, last, -lr * unit, factor)
+        finite, _, _ = add_step(p, first, last, -lr * unit, factor)
     return dot(finite, splat(ONE, REGISTER)) == ZERO
 
 
 @inner
-def update_weights(p, first, length, squares, unit, lr):
+def update_weights(p, first, length, squares, unit, lr, last):
     """`update_tensor` of the rows of a tensor that may change (CHANGED), for LAMB; notes which are MOVING. All rows'
-    sums of squares are at the address `squares`."""
+    sums of squares are at the address `squares`. With `last` rows that did not change are CHANGED no more: the step of
+    a neuron that coasts is soon lost in rounding."""
     norm_p, norm_u, finite = splat(ZERO, REGISTER), splat(ZERO, REGISTER), splat(ZERO, REGISTER)
     ones = splat(ONE, REGISTER)
     for j in range(0, p.k, REGISTER):
@@ -195,9 +199,11 @@ def update_weights(p, first, length, squares, unit, lr):
     scale = lamb_scale(norm_p, norm_u, lr)
     for j in range(p.k - 1, -1, -1):  # the last ones are still in the cache
         if get_float(p.CHANGED, j) != ZERO:
-            row_finite, row_squares = add_step(p, first + j * length, first + (j + 1) * length, scale, ONE)
+            row_finite, row_squares, changes = add_step(p, first + j * length, first + (j + 1) * length, scale, ONE)
             finite = add(finite, row_finite)
             put_float(squares, j, dot(row_squares, ones))
+            if last and not changes:
+                put_float(p.CHANGED, j, ZERO)
     return dot(finite, ones) == ZERO
 
 
@@ -236,9 +242,10 @@ def catch_up(p, first, last, steps):
     """The second moment of the numbers first to last, `steps` updates without a gradient later."""
     for i in range(first, last, REGISTER):
         v = load(p.SECOND, i, REGISTER)
-        for _ in range(steps):
-            v = multiply(splat(SECOND_KEPT, REGISTER), v)
-        store(p.SECOND, i, v)
+        if any_nonzero(v):
+            for _ in range(steps):
+                v = multiply(splat(SECOND_KEPT, REGISTER), v)
+            store(p.SECOND, i, v)
 
 
 @inner
@@ -316,7 +323,7 @@ def decay_biases(p, strength, size):
 @inner
 def update_rows(p, unit, lr, corrections, step, factor, strength):
     """`update` of a model whose GRADIENT was written for the neurons CHANGED alone; afterwards those are CHANGED whose
-    rows are not what they were."""
+    rows of W_in are not what they were."""
     for j in range(p.k):
         if get_float(p.CHANGED, j) == ZERO and get_float(p.MOVING, j) != ZERO:
             if p.optimizer != LAMB:
@@ -331,8 +338,8 @@ def update_rows(p, unit, lr, corrections, step, factor, strength):
     fill(p.MOVING, 0, p.K)
     finite = update_others(p, unit, lr, corrections, step, factor)
     size = size_of_weights(p)
-    finite &= update_weights(p, 0, p.M, p.SQUARES, unit, lr)
-    finite &= update_weights(p, p.at_out, p.O, p.SQUARES + 4 * p.K, unit, lr)
+    finite &= update_weights(p, p.at_out, p.O, p.SQUARES + 4 * p.K, unit, lr, False)
+    finite &= update_weights(p, 0, p.M, p.SQUARES, unit, lr, True)
     return finite & decay_biases(p, strength, size)
 
 

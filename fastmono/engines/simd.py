@@ -8,7 +8,8 @@ its arrays wherever a function takes one, which costs more than some of the rows
     add, subtract, ...       lane by lane                       multiply_add     acc + a v for a scalar a, rounded once
     either                   their bits together                larger           lane by lane, or NaN
     any_nonzero              whether a lane is not 0            count_nonzero    how many
-    highest                  the largest lane, or NaN
+    highest                  the largest lane, or NaN           any_bit          whether a bit is set
+    differing                bits in which two vectors differ
     dot, four_dots           sums of v w                        get_*, put_*     single numbers
     active_lanes             a word with a bit for each lane that is active
     trailing_zeros           index of a word's lowest set bit
@@ -241,6 +242,30 @@ def count_nonzero(context, v):
         return builder.zext(builder.ctpop(builder.bitcast(mask, ir.IntType(REGISTER))), INT64)
 
     return types.int64(v), generate
+
+
+@intrinsic
+def differing(context, bits, v, w):
+    """`bits`, and those in which v and w differ, as numbers: of use to `any_bit` alone."""
+
+    def generate(context, builder, signature, args):
+        bits, v, w = (builder.bitcast(x, ir_vector(args[0].type.count, INT32)) for x in args)
+        return builder.bitcast(builder.or_(bits, builder.xor(v, w)), ir_vector(args[0].type.count))
+
+    return bits(bits, v, w), generate
+
+
+@intrinsic
+def any_bit(context, v):
+    """Whether a bit of 16 numbers is set; `any_nonzero` takes denormal numbers for 0."""
+
+    def generate(context, builder, signature, args):
+        words = builder.bitcast(args[0], ir_vector(REGISTER, INT32))
+        mask = builder.icmp_unsigned("!=", words, ir_constant(REGISTER, INT32, [0] * REGISTER))
+        kind = ir.IntType(REGISTER)
+        return builder.icmp_unsigned("!=", builder.bitcast(mask, kind), ir.Constant(kind, 0))
+
+    return types.boolean(v), generate
 
 
 @intrinsic
