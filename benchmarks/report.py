@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -130,9 +131,9 @@ def as_json(
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """With four significant digits: more are noise."""
+    """With four significant digits: more are noise. What was not measured, NaN, is null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rounded(result), indent=1) + "\n")
+    path.write_text(json.dumps(rounded(result), indent=1, allow_nan=False) + "\n")
 
 
 def rounded(value: Any) -> Any:
@@ -141,7 +142,9 @@ def rounded(value: Any) -> Any:
         return {key: part if key in ("shape", "grid") else rounded(part) for key, part in value.items()}
     if isinstance(value, list):
         return [rounded(part) for part in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value
 
 
 def table(console: Console, title: str, result: CaseResult) -> None:

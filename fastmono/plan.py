@@ -47,7 +47,7 @@ GPU_FLOPS = 2e14
 OVERHEAD_SECONDS = {"cpu": 20e-6, "reference": 150e-6}
 """What a model-step takes besides its products, and a word of the feature sampler: measured on cores of 2.5 GHz."""
 WORD_SECONDS = {"cpu": 1e-9, "reference": 12e-9}
-DENSE_SHARE, SPARSE_SHARE = 1.25, 0.5
+DENSE_SHARE, SPARSE_SHARE = 1.25, 0.3
 """Time of a model-step's products over that of dense ones at the machine's rate: where most activations are not zero,
 and where the CPU engine skips those that are, with a negative initial bias most of them throughout."""
 HELD_OUT_WORD_SECONDS = 50e-9

@@ -254,9 +254,9 @@ def test_ratios_are_medians_of_the_ratios_within_each_round():
     json.dumps(found)
 
 
-def test_rounding_keeps_four_digits_and_settings_whole():
-    assert rounded({"a": [123456.0, 0.00123456], "grid": {"lr": 0.123456}, "n": 5}) == {
-        "a": [123500.0, 0.001235], "grid": {"lr": 0.123456}, "n": 5,
+def test_rounding_keeps_four_digits_and_settings_whole_and_what_was_not_measured_is_null():
+    assert rounded({"a": [123456.0, 0.00123456], "grid": {"lr": 0.123456}, "n": 5, "loss": math.nan}) == {
+        "a": [123500.0, 0.001235], "grid": {"lr": 0.123456}, "n": 5, "loss": None,
     }  # fmt: skip
 
 
