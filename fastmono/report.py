@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastmono.claims import Claim, Number
+from fastmono.claims import FAILS, HOLDS, OPEN, Claim, Number
 from fastmono.claims_inside import Inside, Section5
 from fastmono.files import write_bytes
 from fastmono.paper_figures import Drawing
@@ -168,11 +168,12 @@ def write_report(
         else "Written by `python scripts/paper.py --quick`.",
         _about(run, scale),
         "## The claims",
-        f"Of {len(decided)}: " + ", ".join(f"{decided.count(verdict)} {verdict}" for verdict in dict.fromkeys(decided))
-        + ". A number holds when it passes its threshold in every seed, does not hold when it does in none, and is not "
-        "decided when seeds disagree or fewer than two of them can be measured; a claim holds when all of its numbers "
-        "do, and does not hold when one does not. Losses are means over the last whole period of the schedule. "
-        "`fastmono/claims.py` has the definitions, `claims.csv` every seed.",
+        f"Of {len(decided)} claims {decided.count(HOLDS)} hold, {decided.count(FAILS)} do not, and "
+        f"{decided.count(OPEN)} are not decided. A number holds when it passes its threshold in every seed, does not "
+        "hold when it does in none, and is not decided when seeds disagree or fewer than two of them can be measured; "
+        "a claim holds when all of its numbers do, and does not hold when one does not. Losses are means over the last "
+        "whole period of the schedule. `fastmono/claims.py` has the definitions, `claims.csv` every seed; "
+        "`docs/science.md` says at which scale those begin to hold that do not at scale small.",
         claims_table(claims),
     ]  # fmt: skip
     if notes := [f"- Claim {claim.name}: {note}." for claim in claims for note in claim.notes]:
