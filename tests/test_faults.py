@@ -19,7 +19,7 @@ import fastmono as fm
 from fastmono.executor import TRIES
 from fastmono.trainer import BlockTrainer
 
-STEPS = 20_000
+STEPS = 100_000
 """Of runs that something is done to meanwhile: seconds."""
 
 
