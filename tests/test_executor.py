@@ -211,3 +211,29 @@ def test_a_checkpoint_that_a_worker_wrote_and_did_not_live_to_report_is_called_a
     fm.train(grid, tmp_path / "run", workers=1, quiet=True, on_checkpoint=lambda run, step: called.append(step))
     assert sorted(called) == checkpoint_steps(64) and len(called) == len(set(called))
     assert called.index(8) < called.index(32), "it was known when the second try began behind it"
+
+
+def test_on_checkpoint_follows_a_diverging_model_to_its_last_step_alone(tmp_path):
+    called = []
+    grid = fm.Grid(SPEC.replace(optimizer="sgd", steps=300), lr=[1e6])
+    run = fm.train(grid, tmp_path, workers=1, quiet=True, on_checkpoint=lambda run, step: called.append(step))
+    assert run.table[0]["diverged_step"] < 128
+    assert called == sorted(set(called)) and called[-1] == 300
+    assert not {s for s in called[:-1] if s >= run.table[0]["diverged_step"]}
+
+
+def test_models_that_were_done_before_call_no_checkpoint_of_one_that_fails(tmp_path, monkeypatch):
+    grid = GRID.override(steps=[40])
+    fm.train(grid, tmp_path, workers=1, quiet=True)
+    advance, called = CpuEngine.advance, []
+
+    def fails(self, block, n_steps):
+        if block.step >= 8:
+            raise ArithmeticError("at step 8")
+        return advance(self, block, n_steps)
+
+    monkeypatch.setattr(CpuEngine, "advance", fails)
+    longer = grid + fm.Grid(SPEC.replace(steps=40), seed=[77])
+    with pytest.warns(RuntimeWarning, match="at step 8"):
+        fm.train(longer, tmp_path, workers=1, quiet=True, on_checkpoint=lambda run, step: called.append(step))
+    assert called == [1, 2, 4, 8]

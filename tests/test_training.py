@@ -292,33 +292,6 @@ def test_on_checkpoint_is_not_called_for_steps_that_no_model_reached(tmp_path, m
     assert called == [1, 2, 4, 8]
 
 
-def test_on_checkpoint_follows_a_diverging_model_to_its_last_step_alone(tmp_path):
-    called = []
-    grid = fm.Grid(TINY.replace(optimizer="sgd", steps=300), lr=[1e6])
-    run = train(grid, tmp_path, on_checkpoint=lambda run, step: called.append(step))
-    assert run.table[0]["diverged_step"] < 128
-    assert called == sorted(set(called)) and called[-1] == 300
-    assert not {s for s in called[:-1] if s >= run.table[0]["diverged_step"]}
-
-
-def test_models_that_were_done_before_call_no_checkpoint_of_one_that_fails(tmp_path, monkeypatch):
-    from fastmono.engines.cpu import CpuEngine
-
-    train(GRID, tmp_path)
-    advance, called = CpuEngine.advance, []
-
-    def fails(self, block, n_steps):
-        if block.step >= 8:
-            raise ArithmeticError("at step 8")
-        return advance(self, block, n_steps)
-
-    monkeypatch.setattr(CpuEngine, "advance", fails)
-    longer = GRID + fm.Grid(TINY, seed=[77])
-    with pytest.warns(RuntimeWarning, match="at step 8"):
-        fm.train(longer, tmp_path, workers=1, quiet=True, on_checkpoint=lambda run, step: called.append(step))
-    assert called == [1, 2, 4, 8]
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_in_on_checkpoint_is_raised_with_the_state_saved(workers, undisturbed, tmp_path):
     def broken(run, step):
