@@ -8,7 +8,7 @@ from fastmono.engines.simd import REGISTER, entry, inner, put_int
 from fastmono.engines.simd_moves import keep_nonzero
 from fastmono.philox import LARGEST_VALUE, M0, M1, MASK, ROUNDS, W0, W1
 
-SOURCES = "e531ed464eee35c5"
+SOURCES = "c225291e8df55b95"
 """As in cpu_kernels.py, of simd.py, simd_moves.py and fastmono/philox.py."""
 ZERO, HALF, LARGEST = np.float32(0.0), np.float32(0.5), np.float32(LARGEST_VALUE)
 

@@ -221,14 +221,18 @@ def highest(context, v):
     return types.float32(v), generate
 
 
+def ir_nonzero(builder: Any, v: Any) -> Any:
+    """A word of 16 bits: which of 16 numbers are not 0, or NaN."""
+    mask = builder.fcmp_unordered("!=", v, ir_constant(REGISTER, FLOAT, [0.0] * REGISTER))
+    return builder.bitcast(mask, ir.IntType(REGISTER))
+
+
 @intrinsic
 def any_nonzero(context, v):
     """Whether a lane of 16 is not 0, or NaN."""
 
     def generate(context, builder, signature, args):
-        mask = builder.fcmp_unordered("!=", args[0], ir_constant(REGISTER, FLOAT, [0.0] * REGISTER))
-        kind = ir.IntType(REGISTER)
-        return builder.icmp_unsigned("!=", builder.bitcast(mask, kind), ir.Constant(kind, 0))
+        return builder.icmp_unsigned("!=", ir_nonzero(builder, *args), ir.Constant(ir.IntType(REGISTER), 0))
 
     return types.boolean(v), generate
 
@@ -238,8 +242,7 @@ def count_nonzero(context, v):
     """How many of 16 lanes are not 0, or NaN."""
 
     def generate(context, builder, signature, args):
-        mask = builder.fcmp_unordered("!=", args[0], ir_constant(REGISTER, FLOAT, [0.0] * REGISTER))
-        return builder.zext(builder.ctpop(builder.bitcast(mask, ir.IntType(REGISTER))), INT64)
+        return builder.zext(builder.ctpop(ir_nonzero(builder, *args)), INT64)
 
     return types.int64(v), generate
 
