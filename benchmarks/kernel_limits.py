@@ -1,16 +1,18 @@
 """What each streamed kernel can reach at the most on an H100, from its own loops; no GPU is needed or measured.
 
-    python -m benchmarks.kernel_limits                       benchmarks/results/kernel_limits.csv, and the table printed
+    python -m benchmarks.kernel_limits                       benchmarks/results/kernel_limits.csv, and tables printed
 
-For one model-step of the paper's shape in bf16, with the tiles that the engine chooses for sm_90:
+For one model-step of the paper's shape in bf16, with the tiles that the engine chooses for sm_90, of a model all of
+whose neurons take part, and of one that is surveyed and of whose neurons a batch activates a quarter:
 
     useful      operations that the mathematics asks for       done       those of the kernel's loops: z is computed
     memory      bytes that must pass once                                 again for every tile of outputs
     cache       bytes that the tiles read and write, most of them from the second-level cache
 
 Floors: done over the rate of an 8192^3 product, memory over the copy bandwidth, both as measured elsewhere on an H100
-(design figures, not this project's); cache over a nominal 5.5 TB/s; the sampler's integer operations, 25 a word, over
-64 lanes of 132 multiprocessors at 1.755 GHz. The largest of a kernel's floors is what limits it.
+(design figures, not this project's); cache over a nominal 5.5 TB/s; the sampler's integer operations, 25 a word, and
+the survey's comparison of every z, over 64 lanes of 132 multiprocessors at 1.755 GHz. The largest of a kernel's floors
+is what limits it.
 `share` is the useful operations of the whole step at the product rate over the sum of the floors, kernel after kernel.
 """
 
@@ -23,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.tables import RESULTS, write_csv
-from fastmono.engines.launch import Launch, choose_launch
+from fastmono.engines.launch import ROWS_A_SURVEY, Launch, choose_launch
 from fastmono.spec import ModelSpec
 
 OUT = RESULTS / "kernel_limits.csv"
@@ -33,8 +35,10 @@ A_WORD = 25
 """Integer operations of a feature: a quarter of Philox's ten rounds, conversion and comparison."""
 SHARING = 12
 """Models that share a stream: the projection is done once for all of them."""
+ACTIVE = (1.0, 0.25)
+"""Shares of the neurons that take part: all, without a survey, and with one."""
 COLUMNS = (
-    "kernel", "useful_GFLOP", "done_GFLOP", "memory_MB", "cache_MB", "product_us", "memory_us", "cache_us",
+    "active", "kernel", "useful_GFLOP", "done_GFLOP", "memory_MB", "cache_MB", "product_us", "memory_us", "cache_us",
     "integer_us", "limited_by",
 )  # fmt: skip
 
@@ -60,41 +64,58 @@ class Work:
         }
 
 
-def works(spec: ModelSpec, launch: Launch, size: int = 2) -> list[Work]:
-    """The streamed kernels' work for one model-step; operands of `size` bytes."""
-    B, N, k, o, M = spec.batch_size, spec.n_features, spec.n_neurons, spec.d_output, launch.M
+def works(spec: ModelSpec, launch: Launch, size: int = 2, active: int | None = None) -> list[Work]:
+    """The streamed kernels' work for one model-step; operands of `size` bytes.
+
+    Args:
+        active: so many neurons are found by a survey to take part; without one all do.
+    """
+    B, N, o, M = spec.batch_size, spec.n_features, spec.d_output, launch.M
     rows, outputs, back = -(-B // launch.BR), -(-o // launch.BO), -(-o // launch.BP)
+    every = spec.n_neurons
+    k = every if active is None else active
     row_parts, neurons = -(-B // launch.rows), -(-k // launch.BL)
-    weights, numbers = k * (M + o), k * (M + o + 1)
+    weights, numbers = k * (M + o), every * (M + o + 1)
     x, e, h, tau = size * B * M, size * B * o, size * B * k, 4 * B * o
     partial_gradients = 4 * row_parts * (k * o + back * k * (M + 1))
     again = 0 if spec.activation == "relu" else back * 2 * B * k * M  # z, where its derivative does not follow from h
+    parts, W_in, copied = -(-B // ROWS_A_SURVEY), 4 * every * (M + 1), (4 + size) * weights
+    survey = [
+        Work(
+            "survey", 0.0, 2 * B * every * M, x / SHARING + W_in + parts * every,
+            -(-every // launch.BV) * x + parts * (W_in + every), B * every,
+        ),
+        Work("gather", 0.0, 0.0, copied + parts * every, copied + parts * every * -(-every // launch.BA) / 2),
+    ]  # fmt: skip
     return [
         Work(
             "project", 0.0, 2 * B * N * M / SHARING, (x + tau) / SHARING,
             (x + tau + size * -(-B // launch.BS) * N * M) / SHARING, A_WORD * B * N / SHARING,
         ),
+        *([] if active is None else survey),
         Work(
-            "forward", 2 * B * weights, 2 * B * k * (outputs * M + o), (x + tau) / SHARING + size * weights + h + e,
+            "forward", 2 * B * every * (M + o), 2 * B * k * (outputs * M + o),
+            (x + tau) / SHARING + size * weights + h + e,
             outputs * x + tau + size * rows * (outputs * k * M + k * o) + h + e,
         ),
         Work(
-            "backward", 4 * B * weights - 2 * B * k * M, 4 * B * k * o + back * 2 * B * k * M + again,
+            "backward", 4 * B * every * (M + o) - 2 * B * every * M, 4 * B * k * o + back * 2 * B * k * M + again,
             x / SHARING + size * weights + h + e + partial_gradients,
             neurons * (back * x + e) + back * h + row_parts * size * k * o + partial_gradients,
         ),
         Work("moments", 0.0, 0.0, partial_gradients + 20 * numbers, partial_gradients + 20 * numbers),
-        Work("apply", 0.0, 0.0, 16 * numbers + size * weights, 16 * numbers + size * weights),
+        Work("apply", 0.0, 0.0, *(2 * [16 * numbers + size * every * (M + o)])),
     ]  # fmt: skip
 
 
-def table(found: list[Work]) -> list[dict[str, object]]:
-    """The rows of the file, and one for the whole step."""
+def table(found: list[Work], active: float) -> list[dict[str, object]]:
+    """The rows of the file for a model of whose neurons this share takes part."""
     rows: list[dict[str, object]] = []
     for work in found:
         floors = work.floors()
         rows.append(
             {
+                "active": active,
                 "kernel": work.kernel,
                 "useful_GFLOP": round(work.useful / 1e9, 2),
                 "done_GFLOP": round(work.done / 1e9, 2),
@@ -117,17 +138,18 @@ def main() -> int:
     """Print the table and write the file."""
     spec = ModelSpec()
     shape = spec.n_features, spec.d_embed, spec.n_neurons, spec.d_output, spec.batch_size
-    found = works(spec, choose_launch(90, *shape, "bf16"))
-    rows = table(found)
-    shown = Table(*COLUMNS, title="one model-step, N 512, m 64, k 1024, B 8192, bf16, sm_90")
-    for row in rows:
-        shown.add_row(*(str(row[name]) for name in COLUMNS))
-    console = Console(width=120)
-    console.print(shown)
-    console.print(
-        f"share of the product rate that the whole step can reach: {share(found, ('product',)):.2f} by its products, "
-        f"{share(found, ('product', 'memory')):.2f} with memory, {share(found):.2f} with the cache and the sampler"
-    )
+    launch, rows, console = choose_launch(90, *shape, "bf16"), [], Console(width=130)
+    for active in ACTIVE:
+        found = works(spec, launch, active=None if active == 1 else int(active * spec.n_neurons))
+        shown = Table(*COLUMNS, title="one model-step, N 512, m 64, k 1024, B 8192, bf16, sm_90")
+        for row in table(found, active):
+            rows.append(row)
+            shown.add_row(*(str(row[name]) for name in COLUMNS))
+        console.print(shown)
+        console.print(
+            f"the whole step can reach {share(found, ('product',)):.2f} of the product rate by its products, "
+            f"{share(found, ('product', 'memory')):.2f} with memory, {share(found):.2f} with the cache and the rest"
+        )
     write_csv(OUT, COLUMNS, rows)
     return 0
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from fastmono.kernels import backward, forward, project, resident, update
+from fastmono.kernels import backward, forward, project, resident, survey, update
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -68,6 +68,8 @@ class Variant:
 
 KERNELS = {
     "project": project.project_kernel,
+    "survey": survey.survey_kernel,
+    "gather": survey.gather_kernel,
     "forward": forward.forward_kernel,
     "backward": backward.backward_kernel,
     "moments": update.moments_kernel,
@@ -89,7 +91,8 @@ OPTIMIZERS = ({"optimizer": "adamw"}, {"optimizer": "sgd"})
 DECAYS = ({"decay": "per_neuron"}, {"decay": "rate"})
 LINEAR = ({"linear": 1},)
 OTHERS: dict[str, tuple[dict[str, Any], ...]] = {  # what else than the default changes a kernel's code
-    "project": TASKS, "forward": (*ACTIVATIONS, *LINEAR), "backward": (*ACTIVATIONS, *LINEAR), "moments": LINEAR,
+    "project": TASKS, "survey": (), "gather": (),
+    "forward": (*ACTIVATIONS, *LINEAR), "backward": (*ACTIVATIONS, *LINEAR), "moments": LINEAR,
     "apply": (*OPTIMIZERS, *DECAYS, *LINEAR), "resident": (*TASKS, *ACTIVATIONS, *OPTIMIZERS, *DECAYS, *LINEAR),
 }  # fmt: skip
 
@@ -112,7 +115,7 @@ def checked() -> list[Variant]:
     """The subset that the tests compile: each kernel, and one of every task, nonlinearity and optimizer."""
     return [
         *variants(precisions=("bf16",), others=False),
-        *(Variant(name, "published", "tf32") for name in ("project", "forward", "backward")),
+        *(Variant(name, "published", "tf32") for name in ("project", "survey", "forward", "backward")),
         Variant("resident", "demo", "tf32"),
         Variant("forward", "published", "fp32"),
         Variant("resident", "demo", "bf16", task="abs"),
@@ -127,8 +130,8 @@ def checked() -> list[Variant]:
 
 
 def expected_instruction(variant: Variant, architecture: int) -> str:
-    """What should multiply; nothing does in the update."""
-    if variant.kernel in ("moments", "apply"):
+    """What should multiply; nothing does where rows are copied, or in the update."""
+    if variant.kernel in ("gather", "moments", "apply"):
         return ""
     if variant.precision == "fp32":
         return "FFMA"
@@ -146,8 +149,10 @@ def pointer_type(name: str, precision: str) -> str:
     """The type of a kernel's pointer argument."""
     if name in INT64:
         return "*i64"
-    if name == "p_bad":
+    if name in ("p_bad", "p_place", "p_used"):
         return "*i32"
+    if name == "p_flags":
+        return "*i8"
     if name in ("p_P", "p_P2", "p_x", "p_h", "p_e", "p_q_in", "p_q_out"):
         return OPERAND[precision]
     if name in ("p_W_in", "p_W_out"):
@@ -167,9 +172,11 @@ def signature(kernel: Any, variant: Variant, launch: Launch) -> tuple[dict[str, 
         constants |= {"BR": launch.BS}
     elif variant.kernel == "backward":
         constants |= {"BR": launch.BB, "BK": launch.BL, "BO": launch.BP}
-    elif variant.kernel in ("moments", "apply"):
-        constants |= {"BO": launch.BU}
-    updates = variant.kernel in ("moments", "apply", "resident")
+    elif variant.kernel == "survey":
+        constants |= {"BR": launch.BV, "BK": launch.BV}
+    elif variant.kernel in ("gather", "moments", "apply"):
+        constants |= {"BG": launch.BA, "BO": launch.BU}
+    masters = variant.kernel in ("survey", "gather", "moments", "apply", "resident")
     types, values = {}, {}
     for name in kernel.arg_names:
         if name in constants:
@@ -177,7 +184,7 @@ def signature(kernel: Any, variant: Variant, launch: Launch) -> tuple[dict[str, 
         elif name == "unit":
             types[name] = "fp32"
         elif name.startswith("p_"):
-            master = updates and name in ("p_W_in", "p_W_out")
+            master = masters and name in ("p_W_in", "p_W_out")
             types[name] = "*fp32" if master else pointer_type(name, variant.precision)
         else:
             types[name] = "i32"
@@ -249,6 +256,7 @@ def differences(row: dict[str, Any], table: list[dict[str, str]]) -> list[str]:
     if row["shape"] == "published" and row["kernel"] != "project" and not wide:  # rows of W_out, tau, e and dW_out
         found.append(f"{name}: reads nothing 16 bytes at a time")
     phases = 4 if row["optimizer"] == "sgd" else 5  # one barrier after each, and one after the loss is written
+    phases += 2 if row["activation"] == "relu" and not row["linear"] else 0  # survey and gather
     # With a linear path all but the first two run for neurons and path, and the compiler keeps the two calls apart.
     between = phases - 2 if row["linear"] else 0
     if row["kernel"] == "resident" and row["barriers"] != phases + 1 + between:

@@ -2,7 +2,8 @@
 
     dh = e W_out + (l1/2) sign(h)      dz = dh phi'(z)      dW_in = dz^T x      db = sum dz      dW_out^T = h^T e
 
-h^T is read. phi' of ReLU follows from it; for the others z is computed again. One chunk of e serves both dh and dW_out.
+k neurons take part, as in the forward pass. h^T is read. phi' of ReLU follows from it; for the others z is computed
+again. One chunk of e serves both dh and dW_out.
 dW_in and db are linear in dh, so a program that sees some of the outputs adds its part of dh, and the parts are summed
 in index order where the gradient is used.
 
@@ -80,7 +81,7 @@ def backward_tile(
 
 @triton.jit(do_not_specialize=["B", "LO", "LB", "rows", "row_parts", "first", "total_rows"])
 def backward_kernel(
-    p_models, p_factors, p_diverged, p_step, p_x, p_W_in, p_b, p_W_out, p_h, p_e, p_dW_in, p_db, p_dW_out,
+    p_models, p_used, p_factors, p_diverged, p_step, p_x, p_W_in, p_b, p_W_out, p_h, p_e, p_dW_in, p_db, p_dW_out,
     B, LO, LB, rows, row_parts, first, total_rows,
     ACTIVATION: tl.constexpr, LINEAR: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BULK: tl.constexpr,
@@ -92,7 +93,7 @@ def backward_kernel(
     """
     LO, LB, rows = whole_rows(LO), whole_rows(LB), whole_rows(rows)
     model = (first + tl.program_id(2)).to(tl.int64)
-    row, k, tile, linear, _ = part_of(p_models, model, tl.program_id(0), BK, LINEAR)
+    row, k, tile, linear, _ = part_of(p_models, model, tl.load(p_used + model), tl.program_id(0), BK, LINEAR)
     k0 = tile * BK
     if is_active(p_models, p_diverged, model, tl.load(p_step)) & (k0 < k):
         stream = tl.load(p_models + model * N_FIELDS + STREAM)

@@ -2,6 +2,7 @@
 
     z = x W_in^T + b        h = phi(z)        y = h W_out^T        e = y - tau        loss = (1/B) sum e^2
 
+k neurons take part: all, or those that are active in the batch, whose rows stand one after another (survey.py).
 A linear path (LINEAR) is r further rows of W_in and W_out^T behind the k of the neurons, with h = z and b = 0.
 
 x is so much narrower than h that each tile of outputs computes z again rather than read h; the programs of a row tile
@@ -17,7 +18,7 @@ import triton.language as tl
 
 from .activations import activate
 from .products import operand, product
-from .tables import N_FIELDS, RANK, ROW, STREAM, K, is_active, whole_rows
+from .tables import N_FIELDS, RANK, ROW, STREAM, is_active, whole_rows
 from .windows import read, window, write
 
 
@@ -30,9 +31,10 @@ def add_outputs(
     """e [BR, BO] plus what k neurons, or rows of a linear path, make of x [BR, M]; stores the tile's share of h^T."""
     i_k = tl.arange(0, BK)
     m_r = (row0 + tl.arange(0, BR) < B)[:, None]
-    w_W_in = window(p_W_in, k, M, BK, M, BULK)
-    w_W_out = window(p_W_out, k, LO, BK, BO, BULK)
-    w_h = window(p_h, k, LB, BK, BR, BULK)
+    rows = tl.maximum(k, 1)  # no descriptor is of nothing
+    w_W_in = window(p_W_in, rows, M, BK, M, BULK)
+    w_W_out = window(p_W_out, rows, LO, BK, BO, BULK)
+    w_h = window(p_h, rows, LB, BK, BR, BULK)
     for k0 in range(0, k, BK):
         W_in = read(w_W_in, k0, 0, BK, M, BULK)
         b = tl.load(p_b + k0 + i_k, mask=k0 + i_k < k, other=0.0)
@@ -76,15 +78,15 @@ def forward_tile(
 
 @triton.jit(do_not_specialize=["o", "B", "LO", "LB", "parts", "tiles", "first", "count"])
 def forward_kernel(
-    p_models, p_diverged, p_step, p_x, p_tau, p_W_in, p_b, p_W_out, p_h, p_e, p_loss,
+    p_models, p_used, p_diverged, p_step, p_x, p_tau, p_W_in, p_b, p_W_out, p_h, p_e, p_loss,
     o, B, LO, LB, parts, tiles, first, count,
     ACTIVATION: tl.constexpr, LINEAR: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """Grid (models side by side, row tiles x output tiles, as often as it takes for `count` models).
 
-    Models side by side read the same x and tau at the same time, where they share a stream. Writes h^T, e [A, B, LO]
-    and each program's part of the loss, [A, parts].
+    Models side by side read the same x and tau at the same time, where they share a stream. Of the rows of a model the
+    first p_used [A] are its neurons'. Writes h^T, e [A, B, LO] and each program's part of the loss, [A, parts].
     """
     LO, LB = whole_rows(LO), whole_rows(LB)
     place = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
@@ -95,7 +97,7 @@ def forward_kernel(
         loss = forward_tile(
             tl.program_id(1) // tiles * BR, tl.program_id(1) % tiles, tiles,
             p_x + stream * B * M, p_tau + stream * B * LO, p_W_in + row * M, p_b + row, p_W_out + row * LO,
-            p_h + row * LB, p_e + model * B * LO, tl.load(p_models + model * N_FIELDS + K).to(tl.int32),
+            p_h + row * LB, p_e + model * B * LO, tl.load(p_used + model),
             tl.load(p_models + model * N_FIELDS + RANK).to(tl.int32), o, B, LO, LB,
             ACTIVATION, LINEAR, PRECISION, M, BR, BK, BO, BULK,
         )  # fmt: skip

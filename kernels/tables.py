@@ -12,7 +12,8 @@ ROW = tl.constexpr(1)  # first row in the packed tensors
 STREAM = tl.constexpr(2)  # which batches it sees
 STEPS = tl.constexpr(3)  # optimizer steps in all
 RANK = tl.constexpr(4)  # of the linear path
-N_FIELDS = tl.constexpr(5)
+LAST_SURVEY = tl.constexpr(5)  # step up to which neurons that are dead in its batch are left out (survey.py), or -1
+N_FIELDS = tl.constexpr(6)
 
 HALF_L1 = tl.constexpr(0)  # l1 / 2: the penalty's gradient in units of 2/B
 BIAS_FACTOR = tl.constexpr(1)  # 1 - bias_decay lr, in the first half of training; 1 where DECAY is not "global"
@@ -29,12 +30,11 @@ def is_active(p_models, p_diverged, model, step):
 
 
 @triton.jit
-def part_of(p_models, model, tile, B: tl.constexpr, LINEAR: tl.constexpr):
-    """What the tile `tile` of B rows of a model belongs to, its neurons or, behind them, its linear path: first row of
-    that part in the packed tensors, its number of rows, the tile's number in it, whether it is the linear path, and
+def part_of(p_models, model, k, tile, B: tl.constexpr, LINEAR: tl.constexpr):
+    """What the tile `tile` of B rows of a model belongs to, its k neurons or, behind them, its linear path: first row
+    of that part in the packed tensors, its number of rows, the tile's number in it, whether it is the linear path, and
     tiles before it."""
     row = tl.load(p_models + model * N_FIELDS + ROW)
-    k = tl.load(p_models + model * N_FIELDS + K).to(tl.int32)
     if LINEAR:
         before = tl.cdiv(k, B)
         linear = tile >= before
@@ -47,9 +47,22 @@ def part_of(p_models, model, tile, B: tl.constexpr, LINEAR: tl.constexpr):
 
 
 @triton.jit
+def neurons_of(p_models, model):
+    """A model's number of neurons, int32."""
+    return tl.load(p_models + model * N_FIELDS + K).to(tl.int32)
+
+
+@triton.jit
+def starts_of(p_models, model, M, LO):
+    """Where a model begins in the packed tensors: its first row, and the offsets of that in W_in and in W_out^T."""
+    row = tl.load(p_models + model * N_FIELDS + ROW)
+    return row, row * M, row * LO
+
+
+@triton.jit
 def part_rows(p_models, model, part: tl.constexpr):
     """Of a model's neurons (part 0) or its linear path (1): rows before them, and how many they are."""
-    k = tl.load(p_models + model * N_FIELDS + K).to(tl.int32)
+    k = neurons_of(p_models, model)
     if part == 0:
         return 0, k
     else:
@@ -59,8 +72,20 @@ def part_rows(p_models, model, part: tl.constexpr):
 @triton.jit
 def rows_and_chunks(p_models, model, B: tl.constexpr):
     """A model's number of neurons, and of its tiles of B rows, the linear path's included."""
-    k = tl.load(p_models + model * N_FIELDS + K).to(tl.int32)
+    k = neurons_of(p_models, model)
     return k, tl.cdiv(k, B) + tl.cdiv(tl.load(p_models + model * N_FIELDS + RANK).to(tl.int32), B)
+
+
+@triton.jit
+def is_surveyed(p_models, model, step):
+    """Whether a step begins with a survey of the model's neurons."""
+    return step <= tl.load(p_models + model * N_FIELDS + LAST_SURVEY)
+
+
+@triton.jit
+def takes_all(p_models, model, step):
+    """Whether it is the last such step, in which no neuron is left out: from there on every one stands in its place."""
+    return step == tl.load(p_models + model * N_FIELDS + LAST_SURVEY)
 
 
 @triton.jit
@@ -76,6 +101,12 @@ def decay_of(p_models, p_factors, model, step):
 def row_start(i, length):
     """Where row i of an array begins, int64: in wide layers it lies beyond 2^31."""
     return tl.cast(i, tl.int64) * length
+
+
+@triton.jit
+def offsets_at(rows, columns, length):
+    """Offsets [rows, columns] of these rows and columns of an array, 64 bits."""
+    return rows.to(tl.int64)[:, None] * length + columns[None, :]
 
 
 @triton.jit

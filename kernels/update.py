@@ -10,6 +10,9 @@ Two passes, since LAMB needs the norms of whole tensors: `moments` over all neur
 tensors of its own: its chunks of rows come behind those of the neurons, with a bias that stays 0. What "rate" makes of
 b has to wait until all of W_in and W_out has changed: it is done in `finish`.
 
+p_place says in which row of the parts a neuron's gradient stands; it is 0 where that is negative, for a neuron that was
+left out of the step. Each new parameter is written twice, the second time as an operand for the next step.
+
 BA neurons a chunk   M tile of the embedding dimension   BO outputs a piece   LO length of a row of W_out^T
 Padding has gradient 0 and stays 0: updated like the rest, so that rows are read and written 16 bytes at a time.
 """
@@ -18,7 +21,18 @@ import triton
 import triton.language as tl
 
 from .products import operand
-from .tables import N_FIELDS, ROW, decay_of, is_active, part_of, row_start, rows_and_chunks, whole_rows
+from .tables import (
+    N_FIELDS,
+    ROW,
+    decay_of,
+    is_active,
+    neurons_of,
+    offsets_at,
+    part_of,
+    row_start,
+    rows_and_chunks,
+    whole_rows,
+)
 
 BETA1, BETA2 = tl.constexpr(0.9), tl.constexpr(0.999)
 REST1, REST2 = tl.constexpr(1 - 0.9), tl.constexpr(1 - 0.999)
@@ -44,9 +58,9 @@ def lamb_direction(m, v):
 
 
 @triton.jit
-def moments_piece(p_parts, parts, stride, p_p, p_m, p_v, offsets, mask, unit):
-    """Update the moments of one piece of a tensor; returns its |p|^2 and |u|^2."""
-    g = gradient(p_parts, parts, stride, offsets, mask, unit)
+def moments_piece(p_parts, parts, stride, o_parts, m_parts, p_p, p_m, p_v, offsets, mask, unit):
+    """Update the moments of one piece of a tensor, whose gradient stands at o_parts; returns its |p|^2 and |u|^2."""
+    g = gradient(p_parts, parts, stride, o_parts, mask & m_parts, unit)
     m = BETA1 * tl.load(p_m + offsets, mask=mask, other=0.0) + REST1 * g
     v = BETA2 * tl.load(p_v + offsets, mask=mask, other=0.0) + REST2 * g * g
     tl.store(p_m + offsets, m, mask=mask)
@@ -58,7 +72,7 @@ def moments_piece(p_parts, parts, stride, p_p, p_m, p_v, offsets, mask, unit):
 
 @triton.jit
 def moments_tile(
-    k0, k, unit, p_dW_in, p_db, p_dW_out, in_parts, out_parts, rows,
+    k0, k, unit, p_place, p_dW_in, p_db, p_dW_out, in_parts, out_parts, rows,
     p_W_in, p_b, p_W_out, p_m_in, p_m_b, p_m_out, p_v_in, p_v_b, p_v_out, p_norms, o, LO,
     M: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
@@ -67,10 +81,14 @@ def moments_tile(
     m_k = i_k < k
     o_in = row_start(k0, M) + tl.arange(0, BA)[:, None] * M + i_m[None, :]
     m_in = m_k[:, None] & (i_m < M)[None, :]
-    p2, u2 = moments_piece(p_dW_in, in_parts, rows * M, p_W_in, p_m_in, p_v_in, o_in, m_in, unit)
+    at = tl.load(p_place + i_k, mask=m_k, other=-1)
+    took_part = (at >= 0)[:, None]
+    p2, u2 = moments_piece(
+        p_dW_in, in_parts, rows * M, offsets_at(at, i_m, M), took_part, p_W_in, p_m_in, p_v_in, o_in, m_in, unit
+    )
     tl.store(p_norms + 0, p2)
     tl.store(p_norms + 1, u2)
-    p2, u2 = moments_piece(p_db, in_parts, rows, p_b, p_m_b, p_v_b, i_k, m_k, unit)
+    p2, u2 = moments_piece(p_db, in_parts, rows, at, at >= 0, p_b, p_m_b, p_v_b, i_k, m_k, unit)
     tl.store(p_norms + 2, p2)
     tl.store(p_norms + 3, u2)
     p2_out, u2_out = 0.0, 0.0
@@ -78,7 +96,10 @@ def moments_tile(
         i_o = c0 + tl.arange(0, BO)
         o_out = row_start(k0, LO) + tl.arange(0, BA)[:, None] * LO + i_o[None, :]
         m_out = m_k[:, None] & (i_o < LO)[None, :]
-        p2, u2 = moments_piece(p_dW_out, out_parts, rows * LO, p_W_out, p_m_out, p_v_out, o_out, m_out, unit)
+        p2, u2 = moments_piece(
+            p_dW_out, out_parts, rows * LO, offsets_at(at, i_o, LO), took_part,
+            p_W_out, p_m_out, p_v_out, o_out, m_out, unit,
+        )  # fmt: skip
         p2_out += p2
         u2_out += u2
     tl.store(p_norms + 4, p2_out)
@@ -100,12 +121,12 @@ def trust_ratio(p_norms, chunks, tensor: tl.constexpr):
 
 @triton.jit
 def apply_piece(
-    p_parts, parts, stride, p_p, p_operand, p_m, p_v, offsets, mask, unit, lr, ratio, c1, c2, factor,
+    p_parts, parts, stride, o_parts, m_parts, p_p, p_operand, p_m, p_v, offsets, mask, unit, lr, ratio, c1, c2, factor,
     OPTIMIZER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """New parameters of one piece of a tensor, also as operands; returns those before and after."""
     if OPTIMIZER == "sgd":  # the gradient first: with p held meanwhile, sm_90 spills
-        step = lr * gradient(p_parts, parts, stride, offsets, mask, unit)
+        step = lr * gradient(p_parts, parts, stride, o_parts, mask & m_parts, unit)
         old = tl.load(p_p + offsets, mask=mask, other=0.0)
         p = old - step
     else:
@@ -143,8 +164,9 @@ def spread(squares, fourths, o):
 
 @triton.jit
 def apply_tile(
-    k0, k, unit, lr, c1, c2, factor, strength, p_dW_in, p_db, p_dW_out, in_parts, out_parts, rows,
-    p_W_in, p_b, p_W_out, p_q_in, p_q_out, p_m_in, p_m_b, p_m_out, p_v_in, p_v_b, p_v_out, p_norms, p_change, o, LO,
+    k0, k, unit, lr, c1, c2, factor, strength, p_place, p_dW_in, p_db, p_dW_out, in_parts, out_parts, rows,
+    p_W_in, p_b, p_W_out, p_q_in, p_q_b, p_q_out, p_m_in, p_m_b, p_m_out, p_v_in, p_v_b, p_v_out,
+    p_norms, p_change, o, LO,
     OPTIMIZER: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
@@ -162,9 +184,11 @@ def apply_tile(
         r_out = trust_ratio(p_norms, chunks, 2)
     o_in = row_start(k0, M) + tl.arange(0, BA)[:, None] * M + i_m[None, :]
     m_in = m_k[:, None] & (i_m < M)[None, :]
+    at = tl.load(p_place + i_k, mask=m_k, other=-1)
+    took_part = (at >= 0)[:, None]
     old_in, new_in = apply_piece(
-        p_dW_in, in_parts, rows * M, p_W_in, p_q_in, p_m_in, p_v_in, o_in, m_in, unit, lr, r_in, c1, c2, 1.0,
-        OPTIMIZER, PRECISION,
+        p_dW_in, in_parts, rows * M, offsets_at(at, i_m, M), took_part, p_W_in, p_q_in, p_m_in, p_v_in, o_in, m_in,
+        unit, lr, r_in, c1, c2, 1.0, OPTIMIZER, PRECISION,
     )  # fmt: skip
     bad = not_finite(new_in)
     if DECAY == "rate":
@@ -173,16 +197,17 @@ def apply_tile(
         squares, fourths = tl.zeros([BA], tl.float32), tl.zeros([BA], tl.float32)
     else:
         _, new_b = apply_piece(
-            p_db, in_parts, rows, p_b, p_b, p_m_b, p_v_b, i_k, m_k, unit, lr, r_b, c1, c2, factor, OPTIMIZER, "fp32"
-        )
+            p_db, in_parts, rows, at, at >= 0, p_b, p_q_b, p_m_b, p_v_b, i_k, m_k,
+            unit, lr, r_b, c1, c2, factor, OPTIMIZER, "fp32",
+        )  # fmt: skip
         bad += not_finite(new_b)
     for c0 in range(0, o, BO):
         i_o = c0 + tl.arange(0, BO)
         o_out = row_start(k0, LO) + tl.arange(0, BA)[:, None] * LO + i_o[None, :]
         m_out = m_k[:, None] & (i_o < LO)[None, :]
         old, new = apply_piece(
-            p_dW_out, out_parts, rows * LO, p_W_out, p_q_out, p_m_out, p_v_out, o_out, m_out,
-            unit, lr, r_out, c1, c2, 1.0, OPTIMIZER, PRECISION,
+            p_dW_out, out_parts, rows * LO, offsets_at(at, i_o, LO), took_part,
+            p_W_out, p_q_out, p_m_out, p_v_out, o_out, m_out, unit, lr, r_out, c1, c2, 1.0, OPTIMIZER, PRECISION,
         )  # fmt: skip
         bad += not_finite(new)
         if DECAY == "rate":
@@ -197,14 +222,15 @@ def apply_tile(
     if DECAY == "per_neuron":
         own = tl.where(strength == 0.0, 1.0, 1.0 - strength * spread(squares, fourths, o))
         _, new_b = apply_piece(
-            p_db, in_parts, rows, p_b, p_b, p_m_b, p_v_b, i_k, m_k, unit, lr, r_b, c1, c2, own, OPTIMIZER, "fp32"
-        )
+            p_db, in_parts, rows, at, at >= 0, p_b, p_q_b, p_m_b, p_v_b, i_k, m_k,
+            unit, lr, r_b, c1, c2, own, OPTIMIZER, "fp32",
+        )  # fmt: skip
         bad += not_finite(new_b)
     return bad
 
 
 @triton.jit
-def decay_with_rate(p_b, k, strength, p_changes, chunks, BA: tl.constexpr):
+def decay_with_rate(p_b, p_q_b, k, strength, p_changes, chunks, BA: tl.constexpr):
     """b [k] times 1 - strength |dW| / |W|, from the chunks' squares [chunks, 2] in index order; how many of it are not
     finite."""
     change, size = 0.0, 0.0
@@ -217,6 +243,7 @@ def decay_with_rate(p_b, k, strength, p_changes, chunks, BA: tl.constexpr):
         i_k = k0 + tl.arange(0, BA)
         b = (1.0 - strength * rate) * tl.load(p_b + i_k, mask=i_k < k, other=0.0)
         tl.store(p_b + i_k, b, mask=i_k < k)
+        tl.store(p_q_b + i_k, b, mask=i_k < k)
         bad += not_finite(tl.where(i_k < k, b, 0.0))
     return bad
 
@@ -224,7 +251,7 @@ def decay_with_rate(p_b, k, strength, p_changes, chunks, BA: tl.constexpr):
 @triton.jit
 def finish_model(
     model, step, t, n_steps, p_loss, loss_parts, p_bad, bad_parts, p_losses, p_diverged, B,
-    p_b, k, strength, p_changes, DECAY: tl.constexpr, BA: tl.constexpr,
+    p_b, p_q_b, k, strength, p_changes, DECAY: tl.constexpr, BA: tl.constexpr,
 ):  # fmt: skip
     """The loss of a step from its parts p_loss [loss_parts], what "rate" makes of b [k], and whether the model
     diverged: p_bad [bad_parts]."""
@@ -235,7 +262,7 @@ def finish_model(
     bad = 0
     if DECAY == "rate":  # noqa: SIM102 (known to the compiler, which leaves out the rest)
         if strength != 0.0:
-            bad = decay_with_rate(p_b, k, strength, p_changes, tl.cdiv(k, BA), BA)
+            bad = decay_with_rate(p_b, p_q_b, k, strength, p_changes, tl.cdiv(k, BA), BA)
     for part in range(bad_parts):
         bad += tl.load(p_bad + part)
     tl.store(p_losses + model * n_steps + t, loss)
@@ -245,19 +272,19 @@ def finish_model(
 
 @triton.jit(do_not_specialize=["in_parts", "out_parts", "rows", "o", "LO", "chunks", "first"])
 def moments_kernel(
-    p_models, p_diverged, p_step, unit, p_dW_in, p_db, p_dW_out, in_parts, out_parts, rows,
+    p_models, p_diverged, p_step, unit, p_place, p_dW_in, p_db, p_dW_out, in_parts, out_parts, rows,
     p_W_in, p_b, p_W_out, p_m_in, p_m_b, p_m_out, p_v_in, p_v_b, p_v_out, p_norms, o, LO, chunks, first,
     LINEAR: tl.constexpr, M: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, models). p_norms: float32 [A, chunks, N_NORMS]; the rest as in `moments_tile`, for all models."""
     LO = whole_rows(LO)
     model = (first + tl.program_id(1)).to(tl.int64)
-    row, k, chunk, _, _ = part_of(p_models, model, tl.program_id(0), BA, LINEAR)
+    row, k, chunk, _, _ = part_of(p_models, model, neurons_of(p_models, model), tl.program_id(0), BA, LINEAR)
     k0 = chunk * BA
     if is_active(p_models, p_diverged, model, tl.load(p_step)) & (k0 < k):
         i, out = row * M, row * LO
         moments_tile(
-            k0, k, unit, p_dW_in + i, p_db + row, p_dW_out + out, in_parts, out_parts, rows.to(tl.int64),
+            k0, k, unit, p_place + row, p_dW_in + i, p_db + row, p_dW_out + out, in_parts, out_parts, rows.to(tl.int64),
             p_W_in + i, p_b + row, p_W_out + out, p_m_in + i, p_m_b + row, p_m_out + out,
             p_v_in + i, p_v_b + row, p_v_out + out, p_norms + (model * chunks + tl.program_id(0)) * N_NORMS,
             o, LO, M, BA, BO,
@@ -267,7 +294,7 @@ def moments_kernel(
 @triton.jit(do_not_specialize=["n_steps", "in_parts", "out_parts", "rows", "o", "LO", "chunks", "first"])
 def apply_kernel(
     p_models, p_factors, p_diverged, p_step, p_rates, p_corrections, n_steps, unit,
-    p_dW_in, p_db, p_dW_out, in_parts, out_parts, rows, p_W_in, p_b, p_W_out, p_q_in, p_q_out,
+    p_place, p_dW_in, p_db, p_dW_out, in_parts, out_parts, rows, p_W_in, p_b, p_W_out, p_q_in, p_q_b, p_q_out,
     p_m_in, p_m_b, p_m_out, p_v_in, p_v_b, p_v_out, p_norms, p_bad, p_changes, o, LO, chunks, first,
     OPTIMIZER: tl.constexpr, DECAY: tl.constexpr, LINEAR: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
@@ -277,7 +304,7 @@ def apply_kernel(
     LO = whole_rows(LO)
     model = (first + tl.program_id(1)).to(tl.int64)
     step, t = tl.load(p_step), tl.load(p_step) - tl.load(p_step + 1)
-    row, k, chunk, _, before = part_of(p_models, model, tl.program_id(0), BA, LINEAR)
+    row, k, chunk, _, before = part_of(p_models, model, neurons_of(p_models, model), tl.program_id(0), BA, LINEAR)
     k0 = chunk * BA
     if is_active(p_models, p_diverged, model, step) & (k0 < k):
         i, out = row * M, row * LO
@@ -286,8 +313,8 @@ def apply_kernel(
         bad = apply_tile(
             k0, k, unit, tl.load(p_rates + model * n_steps + t),
             tl.load(p_corrections + 2 * t), tl.load(p_corrections + 2 * t + 1), factor, strength,
-            p_dW_in + i, p_db + row, p_dW_out + out, in_parts, out_parts, rows.to(tl.int64),
-            p_W_in + i, p_b + row, p_W_out + out, p_q_in + i, p_q_out + out,
+            p_place + row, p_dW_in + i, p_db + row, p_dW_out + out, in_parts, out_parts, rows.to(tl.int64),
+            p_W_in + i, p_b + row, p_W_out + out, p_q_in + i, p_q_b + row, p_q_out + out,
             p_m_in + i, p_m_b + row, p_m_out + out, p_v_in + i, p_v_b + row, p_v_out + out,
             p_norms + (model * chunks + before) * N_NORMS, p_changes + 2 * own, o, LO,
             OPTIMIZER, DECAY, PRECISION, M, BA, BO,
@@ -297,7 +324,7 @@ def apply_kernel(
 
 @triton.jit(do_not_specialize=["n_steps", "loss_parts", "loss_stride", "chunks", "B", "first"])
 def finish_kernel(
-    p_models, p_factors, p_diverged, p_step, p_loss, p_bad, p_losses, p_b, p_changes,
+    p_models, p_factors, p_diverged, p_step, p_loss, p_bad, p_losses, p_b, p_q_b, p_changes,
     n_steps, loss_parts, loss_stride, chunks, B, first, DECAY: tl.constexpr, BA: tl.constexpr,
 ):  # fmt: skip
     """Grid (models). Writes losses [A, n_steps] at this step, and the diverged step."""
@@ -306,9 +333,10 @@ def finish_kernel(
     if is_active(p_models, p_diverged, model, step):
         k, own = rows_and_chunks(p_models, model, BA)
         _, strength = decay_of(p_models, p_factors, model, step)
+        row = tl.load(p_models + model * N_FIELDS + ROW)
         finish_model(
             model, step, t, n_steps, p_loss + model * loss_stride, loss_parts, p_bad + model * chunks, own,
-            p_losses, p_diverged, B, p_b + tl.load(p_models + model * N_FIELDS + ROW), k, strength,
+            p_losses, p_diverged, B, p_b + row, p_q_b + row, k, strength,
             p_changes + model * chunks * 2, DECAY, BA,
         )  # fmt: skip
 

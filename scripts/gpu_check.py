@@ -104,28 +104,37 @@ def rates(out: Path, save: Save) -> None:
         save(found)
 
 
-def traffic(specs: list[ModelSpec], launch: Launch, size: int) -> dict[str, tuple[float, float]]:
+def traffic(
+    specs: list[ModelSpec], launch: Launch, size: int, used: list[int], surveyed: list[bool]
+) -> dict[str, tuple[float, float]]:
     """Bytes and operations of each streamed kernel in one step, at the least: every array once, nothing twice.
 
     Args:
         size: bytes of an operand.
+        used: neurons of each model that take part.
+        surveyed: whether those were found by a survey.
     """
     spec, A, streams = specs[0], len(specs), len({stream_key(s) for s in specs})
-    B, N, k, o, M = spec.batch_size, spec.n_features, spec.n_neurons, spec.d_output, launch.M
+    B, N, o, M = spec.batch_size, spec.n_features, spec.d_output, launch.M
     row_parts, column_parts = -(-B // launch.rows), -(-o // launch.BP)
-    weights, numbers = k * (M + o), k * (M + o + 1)
+    every, k = sum(s.n_neurons for s in specs), sum(used)
+    looked_at = sum(s.n_neurons for s, survey in zip(specs, surveyed, strict=True) if survey)
+    gathered = sum(number for number, survey in zip(used, surveyed, strict=True) if survey)
+    weights, numbers = k * (M + o), every * (M + o + 1)
     partial_gradients = row_parts * (k * o + column_parts * k * (M + 1))
     projections = 2 if spec.task == "reprojector" else 1
-    h, tau, shared = B * k, 4 * B * o, streams * size * B * M
+    e_and_h, tau, shared = A * B * o + B * k, 4 * B * o, streams * size * B * M
     return {
         "project_kernel": (streams * (size * (B + N) * M * projections + tau), streams * 2 * B * N * M * projections),
-        "forward_kernel": (shared + streams * tau + A * size * (B * o + h + weights), A * 2 * B * weights),
+        "survey_kernel": (shared + 4 * looked_at * (M + 1), 2 * B * looked_at * M),
+        "gather_kernel": ((4 + size) * gathered * (M + o) + 8 * gathered, 0),
+        "forward_kernel": (shared + streams * tau + size * (e_and_h + weights), 2 * B * weights),
         "backward_kernel": (
-            shared + A * (size * (B * o + h + weights) + 4 * partial_gradients),
-            A * (4 * B * weights - 2 * B * k * M),
+            shared + size * (e_and_h + weights) + 4 * partial_gradients,
+            4 * B * weights - 2 * B * k * M,
         ),
-        "moments_kernel": (A * 4 * (partial_gradients + 5 * numbers), 0),  # p, m and v read, m and v written
-        "apply_kernel": (A * (16 * numbers + size * weights), 0),  # p, m and v read, p written twice
+        "moments_kernel": (4 * (partial_gradients + 5 * numbers), 0),  # p, m and v read, m and v written
+        "apply_kernel": (16 * numbers + size * every * (M + o), 0),  # p, m and v read, p written twice
     }
 
 
@@ -134,12 +143,14 @@ def kernels(out: Path, save: Save) -> None:
     machine's copy bandwidth and operations over its bf16 rate."""
     from torch.profiler import ProfilerActivity, profile
 
+    from fastmono.engines.triton import TritonEngine
+
     known = out / "rates.json"
     machine = read_json(known) if known.exists() else {}
     if "bf16_TFLOPs" not in machine:
         rates(out, machine.update)
     specs = [s.replace(steps=2**30) for s in fm.preset("published")]
-    engine, block = engine_class("triton")("bf16"), Block.new(specs)
+    engine, block = TritonEngine("bf16"), Block.new(specs)
     engine.advance(block, 4)
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         engine.advance(block, 8)
@@ -147,7 +158,9 @@ def kernels(out: Path, save: Save) -> None:
     took = {e.key: e.device_time_total / 8e3 for e in profiled.key_averages() if "kernel" in e.key}
     s = specs[0]
     launch = choose_launch(architecture(), s.n_features, s.d_embed, s.n_neurons, s.d_output, s.batch_size, "bf16")
-    least = traffic(specs, launch, 2)
+    packed = engine._pack(block)
+    surveyed = [step >= block.step for step in packed.last_surveys]
+    least = traffic([model.spec for model in packed.models], launch, 2, packed.used.tolist(), surveyed)
     found: dict[str, Any] = {}
     for name, ms in sorted(took.items(), key=lambda item: -item[1]):
         found[name] = {"ms": round(ms, 4)}

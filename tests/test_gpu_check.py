@@ -38,7 +38,9 @@ def test_floors_of_the_papers_shape():
     """By hand, bf16: 28 GFLOP a model-step in all, each array passed once."""
     spec = fm.ModelSpec()
     launch = choose_launch(90, 512, 64, 1024, 512, 8192, "bf16")
-    found = script.traffic([spec, spec.replace(lr=0.01)], launch, 2)
+    specs = [spec, spec.replace(lr=0.01)]
+    found = script.traffic(specs, launch, 2, [1024, 1024], [False, False])
+    assert found["survey_kernel"][1] == found["gather_kernel"][0] == 0
     forward, backward = found["forward_kernel"], found["backward_kernel"]
     assert forward[1] == 2 * 2 * 8192 * 1024 * 576 and forward[1] + backward[1] == 2 * spec.flops_per_step
     x, tau = 2 * 8192 * 64, 4 * 8192 * 512  # one stream for both
@@ -47,3 +49,11 @@ def test_floors_of_the_papers_shape():
     parts = 2 * (1024 * 512 + 2 * 1024 * 65)
     assert backward[0] == x + 2 * (2 * (8192 * (512 + 1024) + 1024 * 576) + 4 * parts)
     assert found["moments_kernel"][0] == 2 * 4 * (parts + 5 * 1024 * 577)
+    # A quarter of the second model's neurons found by a survey: z of all of its neurons, and the rest of a quarter.
+    sparse = script.traffic(specs, launch, 2, [1024, 256], [False, True])
+    assert sparse["survey_kernel"] == (x + 4 * 1024 * 65, 2 * 8192 * 1024 * 64)
+    assert sparse["gather_kernel"] == (256 * (6 * 576 + 8), 0)
+    for name in ("forward_kernel", "backward_kernel"):
+        assert sparse[name][1] == found[name][1] * 5 / 8
+    assert sparse["moments_kernel"][0] == found["moments_kernel"][0] - 4 * parts * 3 / 4
+    assert sparse["apply_kernel"] == found["apply_kernel"]

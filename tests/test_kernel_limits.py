@@ -1,14 +1,15 @@
 """The table of what the streamed kernels can reach, against numbers by hand."""
 
 import pytest
-import torch
 
 import fastmono as fm
+from fastmono.block import Block
 from fastmono.engines.launch import choose_launch
+from fastmono.philox import FeatureSampler
 
 pytest.importorskip("triton", reason="the launch settings are Triton's")
 limits = pytest.importorskip("benchmarks.kernel_limits")
-empty_tiles = pytest.importorskip("benchmarks.empty_tiles")
+dead_neurons = pytest.importorskip("benchmarks.dead_neurons")
 
 
 def test_limits_of_the_papers_shape():
@@ -41,22 +42,49 @@ def test_the_derivatives_of_gelu_cost_z_again_for_every_tile_of_outputs():
     assert done["gelu"]["backward"] - done["relu"]["backward"] == 512 // launch.BP * 2 * 8192 * 1024 * 64
 
 
-@pytest.mark.parametrize("shape", [(8, 12), (9, 14)])
-def test_empty_tiles_are_counted_as_by_hand(shape):
-    active = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.1
-    empty = [
-        not any(bool(active[r, c]) for r in range(r0, min(r0 + 4, shape[0])) for c in range(c0, min(c0 + 3, shape[1])))
-        for r0 in range(0, shape[0], 4)
-        for c0 in range(0, shape[1], 3)
-    ]
-    assert 0 < sum(empty) < len(empty)
-    assert empty_tiles.empty_share(active, 4, 3) == pytest.approx(sum(empty) / len(empty))
-
-
-def test_of_a_layer_without_an_active_neuron_only_z_is_left():
+def test_work_where_a_survey_finds_a_quarter_of_the_neurons():
+    """By hand: survey tiles of 128 neurons in 8 parts of the samples; everything behind them is of 256 neurons."""
+    spec = fm.ModelSpec()
     launch = choose_launch(90, 512, 64, 1024, 512, 8192, "bf16")
-    found = {work.kernel: work for work in limits.works(fm.ModelSpec(), launch)}
-    products = found["forward"].done + found["backward"].done
-    z = 2 * 8192 * 1024 * 4 * 64
-    assert empty_tiles.saved(launch, 512, 1.0, 1.0) == pytest.approx(1 - z / products)
-    assert empty_tiles.saved(launch, 512, 0.0, 0.0) == 0.0
+    assert launch.BV == 128
+    found = {work.kernel: work for work in limits.works(spec, launch, active=256)}
+    every = {work.kernel: work for work in limits.works(spec, launch)}
+    x, e, h = 2 * 8192 * 64, 2 * 8192 * 512, 2 * 8192 * 256
+    assert found["survey"].done == 2 * 8192 * 1024 * 64
+    assert found["survey"].cache == 8 * x + 8 * (4 * 1024 * 65 + 1024)
+    assert found["gather"].memory == 6 * 256 * 576 + 8 * 1024
+    assert found["forward"].done == every["forward"].done / 4
+    assert found["backward"].done == every["backward"].done / 4
+    parts = 4 * 2 * (256 * 512 + 2 * 256 * 65)
+    assert found["backward"].cache == 2 * (2 * x + e) + 2 * h + 2 * 2 * 256 * 512 + parts
+    assert found["moments"].memory == parts + 20 * 1024 * 577 and found["apply"] == every["apply"]
+    assert sum(work.useful for work in found.values()) == spec.flops_per_step
+
+
+def test_a_step_costs_least_where_all_neurons_are_dead_and_a_survey_that_finds_none_costs_little():
+    times = [dead_neurons.time_of(dead) for dead in (1.0, 0.5, 0.0)]
+    assert 0.2 < times[0] < times[1] < 1 < times[2] < 1.1 and dead_neurons.time_of(None) == 1
+
+
+def test_dead_neurons_of_a_batch_and_the_bias_that_is_left_are_those_counted_by_hand():
+    spec = fm.ModelSpec(
+        n_features=12, d_embed=4, n_neurons=30, batch_size=16, feature_prob=0.2, init_bias=-0.5, bias_decay=0.5,
+        lr=0.1, steps=20,
+    )  # fmt: skip
+    model = Block.new([spec]).models[0]
+    f = FeatureSampler(spec).batch(7, 0, 16)
+    z = [
+        [float(model.tensors["W_in"][j] @ (model.P @ f[i]) + model.tensors["b"][j]) for j in range(30)]
+        for i in range(16)
+    ]
+    positive = sum(value > 0 for row in z for value in row)
+    dead = sum(all(row[j] <= 0 for row in z) for j in range(30))
+    assert 0 < dead < 30
+    assert dead_neurons.activity(model, 7) == pytest.approx((positive / (16 * 30), dead / 30))
+    assert dead_neurons.bias_left(spec, 3) == pytest.approx(0.95**3)
+    assert dead_neurons.bias_left(spec, 15) == pytest.approx(0.95**10)  # decay ends at half of the steps
+
+
+def test_the_mean_of_a_run_weights_its_states_by_the_steps_between_them():
+    rows = [{"state": s, "time": t} for s, t in ((0.0, 0.5), (0.25, 1.0), (1.0, 0.0))]
+    assert dead_neurons.mean_time(rows) == pytest.approx(0.25 * 0.75 + 0.75 * 0.5)

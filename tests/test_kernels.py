@@ -52,7 +52,9 @@ def interpreted(test):
 def test_the_kernels_pass_their_tests_in_the_interpreter():
     """Two processes, of about equal time: the resident regime and runs of mixed blocks, and all the rest."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    files = [f"tests/test_{name}.py" for name in ("kernels", "kernel_options", "triton_engine", "mixed_blocks")]
+    files = [
+        f"tests/test_{name}.py" for name in ("kernels", "kernel_options", "survey", "triton_engine", "mixed_blocks")
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "interpreter and not slow", "-p", "no:cacheprovider", *files]
     root = Path(__file__).resolve().parent.parent
     running = [
@@ -166,9 +168,13 @@ def test_rows_beyond_two_to_the_31_are_found():
     W_in, b, W_out = torch.randn(16, 16), torch.randn(16), torch.randn(16, 4096)
     for k0 in (0, 2**20):
         results = [W_in.clone(), b.clone(), W_out.clone(), torch.zeros(16, 16), torch.zeros(16), torch.zeros(16, 4096)]
+        flags, place = torch.ones(16, dtype=torch.int8), torch.zeros(16, dtype=torch.int32)
+        operands = [torch.full_like(tensor, torch.nan) for tensor in (W_in, b, W_out)]
         moments, norms, bad = torch.zeros(272 + 16 * 4096), torch.zeros(6), torch.full((1,), 9, dtype=torch.int32)
-        far_rows_kernel[(1,)](x, h, e, *results, moments, norms, bad, k0, 32, 4096)
+        far_rows_kernel[(1,)](x, h, e, flags, place, *operands, *results, moments, norms, bad, k0, 32, 4096)
         assert bad == 0 and not torch.equal(results[2], W_out)
+        assert torch.equal(place, torch.arange(k0, k0 + 16, dtype=torch.int32)) and torch.equal(operands[0], W_in)
+        assert torch.equal(operands[1], b) and torch.equal(operands[2], W_out)
         found.append([*results, moments, norms])
     assert all(torch.equal(near, far) for near, far in zip(*found, strict=True))
 

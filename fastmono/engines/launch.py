@@ -6,6 +6,7 @@ streamed   kernels over all models of a block    otherwise
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,10 @@ RESIDENT_SCRATCH = 2**21
 """Largest batch of one, with all that is stored of it: one multiprocessor works on it, and its share of cache ends."""
 ROWS_A_PART, FEWEST_ROWS = 4096, 512
 """Samples whose gradient one backward program sums: at most, and at least where few tiles ask for many parts."""
+ROWS_A_SURVEY = 1024
+"""Samples in which one program looks for active neurons. No result depends on it."""
+LEAST_BIAS = 0.3
+"""How far below 0 a bias has to be for many neurons to be dead in a batch."""
 PROGRAMS_A_MODEL = 32
 """Backward programs that a model's shape asks for: a few models then fill a GPU of 132 multiprocessors."""
 
@@ -49,6 +54,22 @@ def tiles_of(spec: ModelSpec, size: int) -> int:
     return -(-spec.n_neurons // size) + -(-spec.linear_path // size)
 
 
+def last_survey(spec: ModelSpec) -> int:
+    """The step up to which each one looks for the neurons that its batch activates, and leaves out the rest
+    (kernels/survey.py); -1 where none does.
+
+    That takes a twentieth of a step. It pays while the bias is well below 0: until decay alone would have brought it to
+    `LEAST_BIAS`, or throughout. Of other layers next to no neuron is dead in a whole batch (docs/LOG.md, 2026-11-25).
+    """
+    if spec.activation != "relu" or spec.linear_path or spec.init_bias > -LEAST_BIAS:
+        return -1
+    factor = 1.0 - spec.bias_decay * spec.lr
+    if factor >= 1.0:
+        return spec.steps
+    steps = math.ceil(math.log(LEAST_BIAS / -spec.init_bias) / math.log(factor)) if factor > 0.0 else 1
+    return steps if 2 * steps < spec.steps else spec.steps  # there is no decay in the second half
+
+
 @dataclass(frozen=True)
 class Launch:
     """Tiles (powers of two, at least 16, what a product needs), warps and pipeline stages, by the kernels' names."""
@@ -73,9 +94,11 @@ class Launch:
     BP: int
     """Outputs a tile of the backward pass."""
     BA: int
-    """Neurons a chunk of the update."""
+    """Neurons a chunk of the update, and of those that are gathered."""
     BU: int
-    """Outputs a piece of the update."""
+    """Outputs a piece of either."""
+    BV: int
+    """Samples a chunk and neurons a tile of the survey."""
     rows: int
     """Samples of one backward program: a function of the model's shape alone, since it orders the sum."""
     bulk: bool
@@ -110,6 +133,15 @@ def streamed_tiles(architecture: int, M: int, precision: str, activation: str, l
     if generation == 10:
         return 128, 64, 256, 64, 128 if M <= 64 else 64, 128
     return 128, 32, 128, 32, 64, 128
+
+
+def survey_tile(roomy: bool, M: int, precision: str) -> int:
+    """BV: x, W_in and the sums of so many samples and neurons."""
+    if M > 128:
+        return 16
+    if precision == "fp32":
+        return 32
+    return 64 if precision == "tf32" and not roomy else 128
 
 
 def choose_launch(
@@ -165,6 +197,7 @@ def choose_launch(
         BP=BP,
         BA=16,
         BU=min(BP, 128),  # where BP is 16, the backward pass does not fill a padded row
+        BV=min(survey_tile(roomy, M, precision), power_of_two(min(k, B), 16, 128)),
         rows=rows,
         bulk=not resident and (roomy or architecture == 0),
         num_warps=4 if precision == "tf32" and not roomy and not resident else 8,

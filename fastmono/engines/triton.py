@@ -18,8 +18,10 @@ from torch import Tensor
 from fastmono.block import PRECISIONS, Block, EngineError, Model, views
 from fastmono.engines.launch import (
     LARGEST_GRID,
+    ROWS_A_SURVEY,
     Launch,
     choose_launch,
+    last_survey,
     note_on,
     rows_of,
     scratch_parts,
@@ -36,7 +38,7 @@ PARTS = ("parameters", "first_moment", "second_moment")
 GRAPH_STEPS = 32
 OLDEST_TRITON = (3, 4)
 """Older ones have no descriptors of tiles in memory."""
-N_FIELDS, N_FACTORS, N_NORMS = 5, 3, 6
+N_FIELDS, N_FACTORS, N_NORMS = 6, 3, 6
 LINEAR_ROWS = {"L_in": "W_in", "L_outT": "W_outT"}
 """Tensors of the linear path, and behind whose rows they are packed."""
 OPERAND = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,7 +87,8 @@ class Packed:
         self.operand = OPERAND[precision]
         o, B = spec.d_output, spec.batch_size
         launches = launches_of(block.specs, precision, architecture)
-        order = sorted(range(len(launches)), key=lambda i: repr(launches[i]))
+        # Models that leave nothing out take longest: begun first, they do not end last.
+        order = sorted(range(len(launches)), key=lambda i: (repr(launches[i]), last_survey(block.specs[i])))
         self.order = order
         self.models: list[Model] = [block.models[i] for i in order]
         self.groups: list[tuple[Launch, int, int]] = []  # settings, first model, how many
@@ -100,7 +103,8 @@ class Packed:
         self._pack_parameters()
         self._pack_streams()
         self._make_scratch(len(order), B, o)
-        self.graph: Any = None
+        self.graphs: dict[bool, Any] = {}
+        """Many steps captured, with surveys and without."""
 
     def _pack_parameters(self) -> None:
         widths = [rows_of(model.spec) for model in self.models]
@@ -109,9 +113,15 @@ class Packed:
         self.slices = [slice(start, start + width) for start, width in zip(starts, widths, strict=True)]
 
         self.parameters, self.first_moment, self.second_moment = (self._packed(part) for part in PARTS)
+        # Of a model that is surveyed only the active neurons, one after another, renewed at each step.
         self.operands = {
-            name: self.round(tensor) if name != "b" else tensor for name, tensor in self.parameters.items()
+            name: tensor.clone() if name == "b" or self.precision == "fp32" else self.round(tensor)
+            for name, tensor in self.parameters.items()
         }
+        places = [torch.arange(n) for m in self.models for n in (m.spec.n_neurons, m.spec.linear_path)]
+        self.place = torch.cat(places).to(device=self.device, dtype=torch.int32)
+        self.used = torch.tensor([m.spec.n_neurons for m in self.models], dtype=torch.int32, device=self.device)
+        self.last_surveys = [last_survey(model.spec) for model in self.models]
 
     def _packed(self, part: str) -> dict[str, Tensor]:
         """One part of every model's state, zero where there is none: put together on the host, and copied at once."""
@@ -158,8 +168,8 @@ class Packed:
         self.P = transposed([m.P for m in firsts])
         self.P2 = transposed([m.P2 for m in firsts if m.P2 is not None]) if firsts[0].P2 is not None else self.P
         table = [
-            [model.spec.n_neurons, rows.start, distinct.index(key), model.spec.steps, model.spec.linear_path]
-            for model, rows, key in zip(self.models, self.slices, keys, strict=True)
+            [model.spec.n_neurons, rows.start, distinct.index(key), model.spec.steps, model.spec.linear_path, last]
+            for model, rows, key, last in zip(self.models, self.slices, keys, self.last_surveys, strict=True)
         ]
         specs = [model.spec for model in self.models]
         factors = [[spec.l1 / 2, bias_factor(spec, 0), decay_strength(spec, 0)] for spec in specs]
@@ -182,6 +192,7 @@ class Packed:
         self.dW_out = empty(row_parts, self.rows, self.LO)
         self.dW_in = empty(parts, self.rows, self.M)
         self.db = empty(parts, self.rows)
+        self.flags = empty(-(-B // ROWS_A_SURVEY), self.rows, dtype=torch.int8)
         self.chunks = max(tiles_of(model.spec, launches[0].BA) for model in self.models)
         self.loss = empty(A, self.loss_parts)
         self.bad = empty(A, self.chunks, dtype=torch.int32)
@@ -257,7 +268,7 @@ class TritonEngine:
             packed.step.copy_(torch.tensor([block.step, block.step]))
             packed.losses.fill_(torch.nan)
             try:
-                self._run(packed, n)
+                self._run(packed, block.step, n)
                 found = packed.losses[:, :n].cpu()  # waits for the device, whose errors come out here
             except torch.OutOfMemoryError:
                 raise
@@ -279,7 +290,7 @@ class TritonEngine:
         if self._packed is not None and self._block is block:
             self._packed.fetch()
 
-    def _run(self, packed: Packed, n: int) -> None:
+    def _run(self, packed: Packed, step: int, n: int) -> None:
         if not is_interpreting():  # descriptors of tiles are made on the device, in memory that Triton asks us for
             triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
         for launch, first, count in packed.groups:
@@ -288,21 +299,21 @@ class TritonEngine:
         streamed = [group for group in packed.groups if group[0].regime == "streamed"]
         if not streamed:
             return
-        done = 0
-        if not is_interpreting() and n > GRAPH_STEPS:
-            if packed.graph is None:
-                launch_step(packed, streamed)  # compiles; a graph cannot be captured of what is not
-                done = 1
+        end, last = step + n, max(packed.last_surveys)
+        while step < end:
+            surveys, left = step <= last, end - step
+            if surveys in packed.graphs and left >= GRAPH_STEPS:
+                packed.graphs[surveys].replay()
+                step += GRAPH_STEPS
+                continue
+            launch_step(packed, streamed, surveys)
+            step += 1
+            if not is_interpreting() and left > GRAPH_STEPS:  # compiled now; a graph cannot be captured of what is not
                 torch.cuda.synchronize()
-                packed.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(packed.graph):
+                packed.graphs[surveys] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(packed.graphs[surveys]):
                     for _ in range(GRAPH_STEPS):
-                        launch_step(packed, streamed)
-            while n - done >= GRAPH_STEPS:
-                packed.graph.replay()
-                done += GRAPH_STEPS
-        for _ in range(done, n):
-            launch_step(packed, streamed)
+                        launch_step(packed, streamed, surveys)
 
     @staticmethod
     def device_bytes(specs: Sequence[ModelSpec], precision: str, architecture: int) -> int:
@@ -314,8 +325,8 @@ class TritonEngine:
         rows, A = sum(map(rows_of, specs)), len(specs)
         row_parts, parts, loss_parts = scratch_parts(launches, B, o)
         chunks = max(tiles_of(s, launch.BA) for s, launch in zip(specs, launches, strict=True))
-        weights = 12 * (M + LO) if precision == "fp32" else (12 + size) * (M + LO)  # float32 weights are operands too
-        state = rows * (weights + 12)
+        state = rows * ((12 + size) * (M + LO) + 16)
+        survey = rows * (4 - (-B // ROWS_A_SURVEY)) + 4 * A
         gradients = 4 * rows * (row_parts * LO + parts * (M + 1))
         streams = len({stream_key(s) for s in specs})
         batches = max(A, streams) if any(launch.regime == "resident" for launch in launches) else streams
@@ -323,7 +334,9 @@ class TritonEngine:
         activations = size * (A * B * LO + rows * whole_rows(B) + batches * B * M) + 4 * batches * B * LO
         sampling = streams * (N * (second * size * M + 12) + 8)
         tables = A * (8 * N_FIELDS + 4 * N_FACTORS + 8 + 8 * STEPS_A_CALL) + 8 * STEPS_A_CALL + 16
-        return state + gradients + activations + sampling + tables + 4 * A * (loss_parts + chunks * (3 + N_NORMS))
+        return (
+            state + survey + gradients + activations + sampling + tables + 4 * A * (loss_parts + chunks * (3 + N_NORMS))
+        )
 
     @staticmethod
     def workspace_bytes(spec: ModelSpec, n_streams: int) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastmono.engines.launch import LARGEST_GRID, Launch, tiles_of
+from fastmono.engines.launch import LARGEST_GRID, ROWS_A_SURVEY, Launch, tiles_of
 from fastmono.kernels.backward import backward_kernel
 from fastmono.kernels.forward import forward_kernel
 from fastmono.kernels.project import project_kernel
 from fastmono.kernels.resident import resident_kernel
+from fastmono.kernels.survey import gather_kernel, survey_kernel
 from fastmono.kernels.update import apply_kernel, finish_kernel, moments_kernel, tick_kernel
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ SIDE_BY_SIDE = 16
 """Models whose forward programs run at the same time: they share x and tau, and hold so many W_out in the cache."""
 
 
-def launch_step(packed: Packed, groups: list[tuple[Launch, int, int]]) -> None:
-    """One step of the streamed models."""
+def launch_step(packed: Packed, groups: list[tuple[Launch, int, int]], surveys: bool) -> None:
+    """One step of the streamed models; `surveys` may be False where none of them looks for dead neurons any more."""
     spec, precision = packed.spec, packed.precision
     N, o, B, M, LO, LB = spec.n_features, spec.d_output, spec.batch_size, packed.M, packed.LO, packed.LB
     unit, A = 2.0 / B, packed
@@ -40,14 +41,25 @@ def launch_step(packed: Packed, groups: list[tuple[Launch, int, int]]) -> None:
         specs = [model.spec for model in A.models[first : first + count]]
         back, chunks = (max(tiles_of(s, size) for s in specs) for size in (launch.BL, launch.BA))
         beside = min(count, SIDE_BY_SIDE)
+        if surveys and max(A.last_surveys[first : first + count]) >= 0:
+            widest = max(spec.n_neurons for spec in specs)
+            survey_kernel[(-(-widest // launch.BV), len(A.flags), count)](
+                A.table, A.diverged, A.step, A.x, p["W_in"], p["b"], A.flags, B, ROWS_A_SURVEY, A.rows, first,
+                PRECISION=precision, M=M, BR=launch.BV, BK=launch.BV, **settings,
+            )  # fmt: skip
+            gather_kernel[(-(-widest // launch.BA), count)](
+                A.table, A.diverged, A.step, A.flags, A.place, A.used, p["W_in"], p["b"], p["W_outT"],
+                q["W_in"], q["b"], q["W_outT"], len(A.flags), A.rows, LO, first,
+                PRECISION=precision, M=M, BG=launch.BA, BO=launch.BU, **settings,
+            )  # fmt: skip
         forward_kernel[(beside, row_tiles * tiles, -(-count // beside))](
-            A.table, A.diverged, A.step, A.x, A.tau, q["W_in"], p["b"], q["W_outT"], A.h, A.e, A.loss,
+            A.table, A.used, A.diverged, A.step, A.x, A.tau, q["W_in"], q["b"], q["W_outT"], A.h, A.e, A.loss,
             o, B, LO, LB, A.loss_parts, tiles, first, count,
             ACTIVATION=spec.activation, LINEAR=launch.linear, PRECISION=precision,
             M=M, BR=launch.BR, BK=launch.BK, BO=launch.BO, BULK=launch.bulk, **settings,
         )  # fmt: skip
         backward_kernel[(back, parts, count)](
-            A.table, A.factors, A.diverged, A.step, A.x, q["W_in"], p["b"], q["W_outT"], A.h, A.e,
+            A.table, A.used, A.factors, A.diverged, A.step, A.x, q["W_in"], q["b"], q["W_outT"], A.h, A.e,
             A.dW_in, A.db, A.dW_out, B, LO, LB, launch.rows, row_parts, first, A.rows,
             ACTIVATION=spec.activation, LINEAR=launch.linear, PRECISION=precision,
             M=M, BR=launch.BB, BK=launch.BL, BO=launch.BP, BULK=launch.bulk, **settings,
@@ -55,21 +67,21 @@ def launch_step(packed: Packed, groups: list[tuple[Launch, int, int]]) -> None:
         m, v = A.first_moment, A.second_moment
         if spec.optimizer != "sgd":
             moments_kernel[(chunks, count)](
-                A.table, A.diverged, A.step, unit, A.dW_in, A.db, A.dW_out, parts, row_parts, A.rows,
+                A.table, A.diverged, A.step, unit, A.place, A.dW_in, A.db, A.dW_out, parts, row_parts, A.rows,
                 p["W_in"], p["b"], p["W_outT"], m["W_in"], m["b"], m["W_outT"], v["W_in"], v["b"], v["W_outT"],
                 A.norms, o, LO, A.chunks, first, LINEAR=launch.linear, M=M, BA=launch.BA, BO=launch.BU, **settings,
             )  # fmt: skip
         apply_kernel[(chunks, count)](
             A.table, A.factors, A.diverged, A.step, A.rates, A.corrections, STEPS_A_CALL, unit,
-            A.dW_in, A.db, A.dW_out, parts, row_parts, A.rows,
-            p["W_in"], p["b"], p["W_outT"], q["W_in"], q["W_outT"],
+            A.place, A.dW_in, A.db, A.dW_out, parts, row_parts, A.rows,
+            p["W_in"], p["b"], p["W_outT"], q["W_in"], q["b"], q["W_outT"],
             m["W_in"], m["b"], m["W_outT"], v["W_in"], v["b"], v["W_outT"],
             A.norms, A.bad, A.changes, o, LO, A.chunks, first,
             OPTIMIZER=spec.optimizer, DECAY=launch.decay, LINEAR=launch.linear, PRECISION=precision,
             M=M, BA=launch.BA, BO=launch.BU, **settings,
         )  # fmt: skip
         finish_kernel[(count,)](
-            A.table, A.factors, A.diverged, A.step, A.loss, A.bad, A.losses, p["b"], A.changes,
+            A.table, A.factors, A.diverged, A.step, A.loss, A.bad, A.losses, p["b"], q["b"], A.changes,
             STEPS_A_CALL, row_tiles * tiles, A.loss_parts, A.chunks, B, first,
             DECAY=launch.decay, BA=launch.BA, num_warps=1,
         )  # fmt: skip
@@ -84,8 +96,8 @@ def launch_resident(packed: Packed, launch: Launch, first: int, count: int, n_st
     p, q, m, v = A.parameters, A.operands, A.first_moment, A.second_moment
     resident_kernel[(count,)](
         A.table, A.factors, A.diverged, A.step, A.seeds, A.last, A.scale, A.P, A.P2, A.rates, A.corrections,
-        A.x, A.tau, A.h, A.e, A.loss, A.bad, A.changes, A.norms, A.losses, A.dW_in, A.db, A.dW_out,
-        p["W_in"], p["b"], p["W_outT"], q["W_in"], q["W_outT"],
+        A.x, A.tau, A.h, A.e, A.loss, A.bad, A.changes, A.norms, A.losses, A.flags, A.place, A.used,
+        A.dW_in, A.db, A.dW_out, p["W_in"], p["b"], p["W_outT"], q["W_in"], q["b"], q["W_outT"],
         m["W_in"], m["b"], m["W_outT"], v["W_in"], v["b"], v["W_outT"],
         n_steps, STEPS_A_CALL, 2.0 / B, -(-o // launch.BP), A.rows, -(-B // launch.BR) * tiles, A.loss_parts, A.chunks,
         o, N, B, A.LO, A.LB, first,
