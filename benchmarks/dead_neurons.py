@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.kernel_limits import works
+from benchmarks.kernel_limits import seconds, works
 from benchmarks.tables import RESULTS, write_csv
 from fastmono.block import Block, Model
 from fastmono.engines import engine_class
@@ -63,10 +63,7 @@ def time_of(dead: float | None) -> float:
     spec = ModelSpec()
     launch = choose_launch(90, 512, 64, 1024, 512, 8192, "bf16")
     active = None if dead is None else round((1 - dead) * spec.n_neurons)
-    with_all, without = (
-        sum(max(work.floors().values()) for work in works(spec, launch, active=number)) for number in (None, active)
-    )
-    return without / with_all
+    return seconds(works(spec, launch, active=active)) / seconds(works(spec, launch))
 
 
 def bias_left(spec: ModelSpec, step: int) -> float:

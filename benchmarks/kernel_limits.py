@@ -3,7 +3,8 @@
     python -m benchmarks.kernel_limits                       benchmarks/results/kernel_limits.csv, and tables printed
 
 For one model-step of the paper's shape in bf16, with the tiles that the engine chooses for sm_90, of a model all of
-whose neurons take part, and of one that is surveyed and of whose neurons a batch activates a quarter:
+whose neurons take part, and of one that is surveyed and of whose neurons a batch activates a quarter; then of the
+narrow half of the paper's width sweep, where B k = 2^23:
 
     useful      operations that the mathematics asks for       done       those of the kernel's loops: z is computed
     memory      bytes that must pass once                                 again for every tile of outputs
@@ -35,11 +36,11 @@ A_WORD = 25
 """Integer operations of a feature: a quarter of Philox's ten rounds, conversion and comparison."""
 SHARING = 12
 """Models that share a stream: the projection is done once for all of them."""
-ACTIVE = (1.0, 0.25)
-"""Shares of the neurons that take part: all, without a survey, and with one."""
+CASES = (1024, 1.0), (1024, 0.25), (256, 1.0), (128, 1.0), (64, 1.0), (32, 1.0), (16, 1.0)
+"""Neurons, and which share of them takes part: all, without a survey, or some that one finds."""
 COLUMNS = (
-    "active", "kernel", "useful_GFLOP", "done_GFLOP", "memory_MB", "cache_MB", "product_us", "memory_us", "cache_us",
-    "integer_us", "limited_by",
+    "k", "active", "kernel", "useful_GFLOP", "done_GFLOP", "memory_MB", "cache_MB", "product_us", "memory_us",
+    "cache_us", "integer_us", "limited_by",
 )  # fmt: skip
 
 
@@ -87,12 +88,7 @@ def works(spec: ModelSpec, launch: Launch, size: int = 2, active: int | None = N
         ),
         Work("gather", 0.0, 0.0, copied + parts * every, copied + parts * every * -(-every // launch.BA) / 2),
     ]  # fmt: skip
-    return [
-        Work(
-            "project", 0.0, 2 * B * N * M / SHARING, (x + tau) / SHARING,
-            (x + tau + size * -(-B // launch.BS) * N * M) / SHARING, A_WORD * B * N / SHARING,
-        ),
-        *([] if active is None else survey),
+    two = [
         Work(
             "forward", 2 * B * every * (M + o), 2 * B * k * (outputs * M + o),
             (x + tau) / SHARING + size * weights + h + e,
@@ -100,22 +96,34 @@ def works(spec: ModelSpec, launch: Launch, size: int = 2, active: int | None = N
         ),
         Work(
             "backward", 4 * B * every * (M + o) - 2 * B * every * M, 4 * B * k * o + back * 2 * B * k * M + again,
-            x / SHARING + size * weights + h + e + partial_gradients,
+            (x / SHARING + e if k else 0) + size * weights + h + partial_gradients,
             neurons * (back * x + e) + back * h + row_parts * size * k * o + partial_gradients,
         ),
+    ]  # fmt: skip
+    narrow = Work(
+        "narrow", 6 * B * every * (M + o) - 2 * B * every * M, 2 * B * k * (2 * back * M + 3 * o),
+        (x + tau) / SHARING + size * weights + partial_gradients,
+        back * x + tau + row_parts * size * (back * k * M + k * o) + partial_gradients,
+    )  # fmt: skip
+    return [
+        Work(
+            "project", 0.0, 2 * B * N * M / SHARING, (x + tau) / SHARING,
+            (x + tau + size * -(-B // launch.BS) * N * M) / SHARING, A_WORD * B * N / SHARING,
+        ),
+        *([] if active is None else survey),
+        *([narrow] if launch.fused else two),
         Work("moments", 0.0, 0.0, partial_gradients + 20 * numbers, partial_gradients + 20 * numbers),
         Work("apply", 0.0, 0.0, *(2 * [16 * numbers + size * every * (M + o)])),
     ]  # fmt: skip
 
 
-def table(found: list[Work], active: float) -> list[dict[str, object]]:
-    """The rows of the file for a model of whose neurons this share takes part."""
+def rows_of(found: list[Work]) -> list[dict[str, object]]:
+    """Each kernel's row of the file."""
     rows: list[dict[str, object]] = []
     for work in found:
         floors = work.floors()
         rows.append(
             {
-                "active": active,
                 "kernel": work.kernel,
                 "useful_GFLOP": round(work.useful / 1e9, 2),
                 "done_GFLOP": round(work.done / 1e9, 2),
@@ -128,28 +136,44 @@ def table(found: list[Work], active: float) -> list[dict[str, object]]:
     return rows
 
 
+def seconds(found: list[Work]) -> float:
+    """Of a model-step: the sum of the kernels' largest floors."""
+    return sum(max(work.floors().values()) for work in found)
+
+
 def share(found: list[Work], limits: tuple[str, ...] = ("product", "memory", "cache", "integer")) -> float:
     """Useful operations at the product rate over the sum of the kernels' largest floors among `limits`."""
     useful = sum(work.useful for work in found) / PRODUCT
     return useful / sum(max(work.floors()[name] for name in limits) for work in found)
 
 
+def case(k: int, active: float) -> list[Work]:
+    """The work of a layer of k neurons of which this share takes part, on sm_90."""
+    spec = ModelSpec(n_neurons=k, batch_size=2**23 // k)
+    launch = choose_launch(90, spec.n_features, spec.d_embed, k, spec.d_output, spec.batch_size, "bf16")
+    return works(spec, launch, active=None if active == 1 else int(active * k))
+
+
 def main() -> int:
-    """Print the table and write the file."""
-    spec = ModelSpec()
-    shape = spec.n_features, spec.d_embed, spec.n_neurons, spec.d_output, spec.batch_size
-    launch, rows, console = choose_launch(90, *shape, "bf16"), [], Console(width=130)
-    for active in ACTIVE:
-        found = works(spec, launch, active=None if active == 1 else int(active * spec.n_neurons))
-        shown = Table(*COLUMNS, title="one model-step, N 512, m 64, k 1024, B 8192, bf16, sm_90")
-        for row in table(found, active):
-            rows.append(row)
+    """Print the tables and write the file."""
+    rows, console = [], Console(width=130)
+    widths = Table("k", "B", "us a model-step", "of the product rate", title="the narrow half of the width sweep")
+    for k, active in CASES:
+        found = case(k, active)
+        own = [{"k": k, "active": active, **row} for row in rows_of(found)]
+        rows += own
+        if k < 1024:
+            widths.add_row(str(k), f"{2**23 // k:,}", f"{1e6 * seconds(found):.0f}", f"{share(found):.2f}")
+            continue
+        shown = Table(*COLUMNS, title="one model-step, N 512, m 64, B 8192, bf16, sm_90")
+        for row in own:
             shown.add_row(*(str(row[name]) for name in COLUMNS))
         console.print(shown)
         console.print(
             f"the whole step can reach {share(found, ('product',)):.2f} of the product rate by its products, "
             f"{share(found, ('product', 'memory')):.2f} with memory, {share(found):.2f} with the cache and the rest"
         )
+    console.print(widths)
     write_csv(OUT, COLUMNS, rows)
     return 0
 

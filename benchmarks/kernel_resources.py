@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from fastmono.kernels import backward, forward, project, resident, survey, update
+from fastmono.kernels import backward, forward, narrow, project, resident, survey, update
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -39,6 +39,10 @@ SHAPES = {  # N, m, k, o, B
     "tiny": (64, 16, 128, 64, 256),
     "demo": (128, 32, 256, 128, 512),
     "published": (512, 64, 1024, 512, 8192),
+    "embedding 128": (512, 128, 1024, 512, 8192),
+    "narrow 64": (512, 64, 64, 512, 2**17),
+    "narrow 32": (512, 64, 32, 512, 2**18),
+    "narrow 16": (512, 64, 16, 512, 2**19),
 }
 PRECISIONS = ("bf16", "tf32", "fp32")
 OPERAND = {"bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}
@@ -72,6 +76,7 @@ KERNELS = {
     "gather": survey.gather_kernel,
     "forward": forward.forward_kernel,
     "backward": backward.backward_kernel,
+    "narrow": narrow.narrow_kernel,
     "moments": update.moments_kernel,
     "apply": update.apply_kernel,
     "resident": resident.resident_kernel,
@@ -81,7 +86,7 @@ KERNELS = {
 def launch_of(variant: Variant, architecture: int) -> Launch:
     """The settings that the engine would choose."""
     return choose_launch(
-        architecture, *SHAPES[variant.shape], variant.precision, variant.activation, variant.linear == 1
+        architecture, *SHAPES[variant.shape], variant.precision, variant.activation, variant.linear == 1, variant.decay
     )
 
 
@@ -91,30 +96,42 @@ OPTIMIZERS = ({"optimizer": "adamw"}, {"optimizer": "sgd"})
 DECAYS = ({"decay": "per_neuron"}, {"decay": "rate"})
 LINEAR = ({"linear": 1},)
 OTHERS: dict[str, tuple[dict[str, Any], ...]] = {  # what else than the default changes a kernel's code
-    "project": TASKS, "survey": (), "gather": (),
+    "project": TASKS, "survey": (), "gather": (), "narrow": ACTIVATIONS,
     "forward": (*ACTIVATIONS, *LINEAR), "backward": (*ACTIVATIONS, *LINEAR), "moments": LINEAR,
     "apply": (*OPTIMIZERS, *DECAYS, *LINEAR), "resident": (*TASKS, *ACTIVATIONS, *OPTIMIZERS, *DECAYS, *LINEAR),
 }  # fmt: skip
+
+
+def kernels_of(shape: str, precision: str) -> list[str]:
+    """The kernels to compile for a shape: of a narrow layer the one that others have not, and only where it is used."""
+    launch = choose_launch(90, *SHAPES[shape], precision)
+    if launch.regime == "resident":
+        return ["resident"]
+    if shape.startswith("narrow"):
+        return ["narrow"] if launch.fused else []
+    return [name for name in KERNELS if name not in ("resident", "narrow")]
 
 
 def variants(
     shapes: tuple[str, ...] = tuple(SHAPES), precisions: tuple[str, ...] = PRECISIONS, others: bool = True
 ) -> Iterator[Variant]:
     """Every kernel that can be chosen for these shapes; in bf16 and tf32 for each task, nonlinearity, optimizer, mode
-    of bias decay and with a linear path too, but for the tiny shape, whose tiles are those of the demo."""
+    of bias decay and with a linear path too, but for the tiny shape, whose tiles are those of the demo, and the longer
+    embedding."""
     for shape in shapes:
         for precision in precisions:
-            regime = choose_launch(90, *SHAPES[shape], precision).regime
-            for name in ["resident"] if regime == "resident" else [name for name in KERNELS if name != "resident"]:
+            for name in kernels_of(shape, precision):
                 yield Variant(name, shape, precision)
-                if others and precision != "fp32" and shape != "tiny":
-                    yield from (Variant(name, shape, precision, **other) for other in OTHERS[name])
+                if others and precision != "fp32" and shape not in ("tiny", "embedding 128"):
+                    every = (Variant(name, shape, precision, **other) for other in OTHERS[name])
+                    yield from (v for v in every if name != "narrow" or launch_of(v, 90).fused)
 
 
 def checked() -> list[Variant]:
     """The subset that the tests compile: each kernel, and one of every task, nonlinearity and optimizer."""
     return [
-        *variants(precisions=("bf16",), others=False),
+        *variants(tuple(shape for shape in SHAPES if shape != "embedding 128"), ("bf16",), others=False),
+        Variant("survey", "embedding 128", "tf32"),
         *(Variant(name, "published", "tf32") for name in ("project", "survey", "forward", "backward")),
         Variant("resident", "demo", "tf32"),
         Variant("forward", "published", "fp32"),
@@ -170,7 +187,7 @@ def signature(kernel: Any, variant: Variant, launch: Launch) -> tuple[dict[str, 
     }  # fmt: skip
     if variant.kernel == "project":
         constants |= {"BR": launch.BS}
-    elif variant.kernel == "backward":
+    elif variant.kernel in ("backward", "narrow"):
         constants |= {"BR": launch.BB, "BK": launch.BL, "BO": launch.BP}
     elif variant.kernel == "survey":
         constants |= {"BR": launch.BV, "BK": launch.BV}
@@ -252,8 +269,9 @@ def differences(row: dict[str, Any], table: list[dict[str, str]]) -> list[str]:
         found.append(f"{name}: rounds its operands")
     if row["expected"] and not row[row["expected"]]:
         found.append(f"{name}: has no {row['expected']}")
-    wide = row["UTMALDG"] if row["kernel"] == "backward" and row["architecture"] != "sm_80" else row["LDG128"]
-    if row["shape"] == "published" and row["kernel"] != "project" and not wide:  # rows of W_out, tau, e and dW_out
+    bulk = row["kernel"] in ("backward", "narrow") and row["architecture"] != "sm_80"
+    large = row["shape"] not in ("tiny", "demo")
+    if large and row["kernel"] != "project" and not row["UTMALDG" if bulk else "LDG128"]:  # rows of W_out, e, dW_out
         found.append(f"{name}: reads nothing 16 bytes at a time")
     phases = 4 if row["optimizer"] == "sgd" else 5  # one barrier after each, and one after the loss is written
     phases += 2 if row["activation"] == "relu" and not row["linear"] else 0  # survey and gather

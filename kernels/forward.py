@@ -76,29 +76,30 @@ def forward_tile(
     return tl.sum(e * e)
 
 
-@triton.jit(do_not_specialize=["o", "B", "LO", "LB", "parts", "tiles", "first", "count"])
+@triton.jit(do_not_specialize=["o", "B", "LO", "LB", "parts", "tiles", "beside", "first", "count"])
 def forward_kernel(
     p_models, p_used, p_diverged, p_step, p_x, p_tau, p_W_in, p_b, p_W_out, p_h, p_e, p_loss,
-    o, B, LO, LB, parts, tiles, first, count,
+    o, B, LO, LB, parts, tiles, beside, first, count,
     ACTIVATION: tl.constexpr, LINEAR: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (models side by side, row tiles x output tiles, as often as it takes for `count` models).
+    """Grid (row tiles x output tiles, each for `beside` models; as often as it takes for `count` models).
 
     Models side by side read the same x and tau at the same time, where they share a stream. Of the rows of a model the
     first p_used [A] are its neurons'. Writes h^T, e [A, B, LO] and each program's part of the loss, [A, parts].
     """
     LO, LB = whole_rows(LO), whole_rows(LB)
-    place = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    place = tl.program_id(1) * beside + tl.program_id(0) % beside
+    own = tl.program_id(0) // beside
     model = (first + tl.minimum(place, count - 1)).to(tl.int64)
     if (place < count) & is_active(p_models, p_diverged, model, tl.load(p_step)):
         stream = tl.load(p_models + model * N_FIELDS + STREAM)
         row = tl.load(p_models + model * N_FIELDS + ROW)
         loss = forward_tile(
-            tl.program_id(1) // tiles * BR, tl.program_id(1) % tiles, tiles,
+            own // tiles * BR, own % tiles, tiles,
             p_x + stream * B * M, p_tau + stream * B * LO, p_W_in + row * M, p_b + row, p_W_out + row * LO,
             p_h + row * LB, p_e + model * B * LO, tl.load(p_used + model),
             tl.load(p_models + model * N_FIELDS + RANK).to(tl.int32), o, B, LO, LB,
             ACTIVATION, LINEAR, PRECISION, M, BR, BK, BO, BULK,
         )  # fmt: skip
-        tl.store(p_loss + model * parts + tl.program_id(1), loss)
+        tl.store(p_loss + model * parts + own, loss)

@@ -31,6 +31,8 @@ from .tables import (
 )
 from .windows import read, window
 
+COUNTED = tl.constexpr(1024)  # neurons whose flags a program reads at once
+
 
 @triton.jit
 def survey_tile(
@@ -125,9 +127,9 @@ def gather_kernel(
     if is_surveyed(p_models, model, step) & (k0 < k) & is_active(p_models, p_diverged, model, step):
         row = tl.load(p_models + model * N_FIELDS + ROW)
         p_flags, stride = p_flags + row, total_rows.to(tl.int64)
-        seen = tl.zeros([BO], tl.int32)
-        for j0 in range(0, k0, BO):
-            i_k = j0 + tl.arange(0, BO)
+        seen = tl.zeros([COUNTED], tl.int32)
+        for j0 in range(0, k0, COUNTED):
+            i_k = j0 + tl.arange(0, COUNTED)
             seen += flags_of(p_flags, parts, stride, i_k, i_k < k0)
         before = tl.sum(seen)
         i, out = row * M, row * LO

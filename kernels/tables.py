@@ -60,13 +60,23 @@ def starts_of(p_models, model, M, LO):
 
 
 @triton.jit
-def part_rows(p_models, model, part: tl.constexpr):
-    """Of a model's neurons (part 0) or its linear path (1): rows before them, and how many they are."""
-    k = neurons_of(p_models, model)
-    if part == 0:
-        return 0, k
+def part_start(p_models, model, part: tl.constexpr, M, LO):
+    """Where a model's neurons (part 0) or its linear path (1) begin: first row, offsets of it in W_in and in W_out^T;
+    and how many rows they are."""
+    row, k = tl.load(p_models + model * N_FIELDS + ROW), neurons_of(p_models, model)
+    if part == 1:
+        row += k
+        k = tl.load(p_models + model * N_FIELDS + RANK).to(tl.int32)
+    return row, row * M, row * LO, k
+
+
+@triton.jit
+def chunks_before(p_models, model, part: tl.constexpr, B: tl.constexpr):
+    """Chunks of B rows that come before those of a part."""
+    if part == 1:
+        return tl.cdiv(neurons_of(p_models, model), B)
     else:
-        return k, tl.load(p_models + model * N_FIELDS + RANK).to(tl.int32)
+        return 0
 
 
 @triton.jit
@@ -95,6 +105,16 @@ def decay_of(p_models, p_factors, model, step):
     factor = tl.load(p_factors + model * N_FACTORS + BIAS_FACTOR)
     strength = tl.load(p_factors + model * N_FACTORS + STRENGTH)
     return tl.where(decays, factor, 1.0), tl.where(decays, strength, 0.0)
+
+
+@triton.jit
+def sum_of(p, stride, n, BLOCK: tl.constexpr):
+    """The sum of n numbers, each `stride` behind the last: BLOCK of them at a time, for whom the memory is far."""
+    i = tl.arange(0, BLOCK)
+    sums = tl.load(p + i * stride, mask=i < n, other=0)
+    for first in range(BLOCK, n, BLOCK):
+        sums += tl.load(p + (first + i) * stride, mask=first + i < n, other=0)
+    return tl.sum(sums)
 
 
 @triton.jit

@@ -31,6 +31,7 @@ from .tables import (
     part_of,
     row_start,
     rows_and_chunks,
+    sum_of,
     whole_rows,
 )
 
@@ -39,6 +40,7 @@ REST1, REST2 = tl.constexpr(1 - 0.9), tl.constexpr(1 - 0.999)
 LAMB_EPS, ADAMW_EPS = tl.constexpr(1e-6), tl.constexpr(1e-8)
 LARGEST_NORM = tl.constexpr(10.0)
 WEIGHT_DECAY = tl.constexpr(0.01)
+SUMMED = tl.constexpr(256)  # numbers of one kind that a program reads at once
 N_NORMS = tl.constexpr(6)  # |p|^2 and |u|^2 of W_in, b and W_out, for each chunk
 
 
@@ -108,15 +110,24 @@ def moments_tile(
 
 @triton.jit
 def trust_ratio(p_norms, chunks, tensor: tl.constexpr):
-    """min(|p|, 10) / |u| of one tensor from its chunks' norms, [chunks, N_NORMS], added in index order."""
-    p2, u2 = 0.0, 0.0
-    for chunk in range(chunks):
-        p2 += tl.load(p_norms + chunk * N_NORMS + 2 * tensor)
-        u2 += tl.load(p_norms + chunk * N_NORMS + 2 * tensor + 1)
+    """min(|p|, 10) / |u| of one tensor from its chunks' norms, [chunks, N_NORMS]."""
+    p2 = sum_of(p_norms + 2 * tensor, N_NORMS, chunks, SUMMED)
+    u2 = sum_of(p_norms + 2 * tensor + 1, N_NORMS, chunks, SUMMED)
     norm_p, norm_u = tl.sqrt_rn(p2), tl.sqrt_rn(u2)
     clamped = tl.where(norm_p > LARGEST_NORM, LARGEST_NORM, norm_p)  # a NaN stays: not (NaN > 10)
     ratio = tl.math.div_rn(clamped, tl.where(norm_u == 0.0, 1.0, norm_u))
     return tl.where((norm_p == 0.0) | (norm_u == 0.0), 1.0, ratio)
+
+
+@triton.jit
+def trust_ratios(p_norms, chunks, OPTIMIZER: tl.constexpr):
+    """Those of W_in, b and W_out; 1 where the optimizer has none."""
+    r_in, r_b, r_out = 1.0, 1.0, 1.0
+    if OPTIMIZER == "lamb":
+        r_in = trust_ratio(p_norms, chunks, 0)
+        r_b = trust_ratio(p_norms, chunks, 1)
+        r_out = trust_ratio(p_norms, chunks, 2)
+    return r_in, r_b, r_out
 
 
 @triton.jit
@@ -164,9 +175,10 @@ def spread(squares, fourths, o):
 
 @triton.jit
 def apply_tile(
-    k0, k, unit, lr, c1, c2, factor, strength, p_place, p_dW_in, p_db, p_dW_out, in_parts, out_parts, rows,
+    k0, k, unit, lr, r_in, r_b, r_out, c1, c2, factor, strength,
+    p_place, p_dW_in, p_db, p_dW_out, in_parts, out_parts, rows,
     p_W_in, p_b, p_W_out, p_q_in, p_q_b, p_q_out, p_m_in, p_m_b, p_m_out, p_v_in, p_v_b, p_v_out,
-    p_norms, p_change, o, LO,
+    p_change, o, LO,
     OPTIMIZER: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
@@ -176,12 +188,6 @@ def apply_tile(
     """
     i_k, i_m = k0 + tl.arange(0, BA), tl.arange(0, M)
     m_k = i_k < k
-    chunks = tl.cdiv(k, BA)
-    r_in, r_b, r_out = 1.0, 1.0, 1.0
-    if OPTIMIZER == "lamb":
-        r_in = trust_ratio(p_norms, chunks, 0)
-        r_b = trust_ratio(p_norms, chunks, 1)
-        r_out = trust_ratio(p_norms, chunks, 2)
     o_in = row_start(k0, M) + tl.arange(0, BA)[:, None] * M + i_m[None, :]
     m_in = m_k[:, None] & (i_m < M)[None, :]
     at = tl.load(p_place + i_k, mask=m_k, other=-1)
@@ -214,8 +220,9 @@ def apply_tile(
             change += tl.sum((new - old) * (new - old))
             size += tl.sum(old * old)
         if DECAY == "per_neuron":
-            squares += tl.sum(new * new, 1)
-            fourths += tl.sum(new * new * (new * new), 1)
+            square = new * new
+            squares += tl.sum(square, 1)
+            fourths += tl.sum(square * square, 1)
     if DECAY == "rate":
         tl.store(p_change, change)
         tl.store(p_change + 1, size)
@@ -231,12 +238,8 @@ def apply_tile(
 
 @triton.jit
 def decay_with_rate(p_b, p_q_b, k, strength, p_changes, chunks, BA: tl.constexpr):
-    """b [k] times 1 - strength |dW| / |W|, from the chunks' squares [chunks, 2] in index order; how many of it are not
-    finite."""
-    change, size = 0.0, 0.0
-    for chunk in range(chunks):
-        change += tl.load(p_changes + 2 * chunk)
-        size += tl.load(p_changes + 2 * chunk + 1)
+    """b [k] times 1 - strength |dW| / |W|, from the chunks' squares [chunks, 2]; how many of it are not finite."""
+    change, size = sum_of(p_changes, 2, chunks, SUMMED), sum_of(p_changes + 1, 2, chunks, SUMMED)
     rate = tl.where(size == 0.0, 0.0, tl.sqrt_rn(tl.math.div_rn(change, tl.where(size == 0.0, 1.0, size))))
     bad = 0
     for k0 in range(0, k, BA):
@@ -255,16 +258,12 @@ def finish_model(
 ):  # fmt: skip
     """The loss of a step from its parts p_loss [loss_parts], what "rate" makes of b [k], and whether the model
     diverged: p_bad [bad_parts]."""
-    loss = 0.0
-    for part in range(loss_parts):
-        loss += tl.load(p_loss + part)
-    loss = tl.math.div_rn(loss, B.to(tl.float32))
+    loss = tl.math.div_rn(sum_of(p_loss, 1, loss_parts, SUMMED), B.to(tl.float32))
     bad = 0
     if DECAY == "rate":  # noqa: SIM102 (known to the compiler, which leaves out the rest)
         if strength != 0.0:
             bad = decay_with_rate(p_b, p_q_b, k, strength, p_changes, tl.cdiv(k, BA), BA)
-    for part in range(bad_parts):
-        bad += tl.load(p_bad + part)
+    bad += sum_of(p_bad, 1, bad_parts, SUMMED)
     tl.store(p_losses + model * n_steps + t, loss)
     if (bad > 0) | (not (tl.abs(loss) < float("inf"))):
         tl.store(p_diverged + model, step + 1)
@@ -310,13 +309,14 @@ def apply_kernel(
         i, out = row * M, row * LO
         factor, strength = decay_of(p_models, p_factors, model, step)
         own = model * chunks + tl.program_id(0)
+        ratios = trust_ratios(p_norms + (model * chunks + before) * N_NORMS, tl.cdiv(k, BA), OPTIMIZER)
         bad = apply_tile(
-            k0, k, unit, tl.load(p_rates + model * n_steps + t),
+            k0, k, unit, tl.load(p_rates + model * n_steps + t), ratios[0], ratios[1], ratios[2],
             tl.load(p_corrections + 2 * t), tl.load(p_corrections + 2 * t + 1), factor, strength,
             p_place + row, p_dW_in + i, p_db + row, p_dW_out + out, in_parts, out_parts, rows.to(tl.int64),
             p_W_in + i, p_b + row, p_W_out + out, p_q_in + i, p_q_b + row, p_q_out + out,
             p_m_in + i, p_m_b + row, p_m_out + out, p_v_in + i, p_v_b + row, p_v_out + out,
-            p_norms + (model * chunks + before) * N_NORMS, p_changes + 2 * own, o, LO,
+            p_changes + 2 * own, o, LO,
             OPTIMIZER, DECAY, PRECISION, M, BA, BO,
         )  # fmt: skip
         tl.store(p_bad + own, bad)

@@ -123,14 +123,15 @@ def traffic(
     weights, numbers = k * (M + o), every * (M + o + 1)
     partial_gradients = row_parts * (k * o + column_parts * k * (M + 1))
     projections = 2 if spec.task == "reprojector" else 1
+    read_again = sum(number > 0 for number in used)  # of no neuron there is no gradient
     e_and_h, tau, shared = A * B * o + B * k, 4 * B * o, streams * size * B * M
     return {
         "project_kernel": (streams * (size * (B + N) * M * projections + tau), streams * 2 * B * N * M * projections),
-        "survey_kernel": (shared + 4 * looked_at * (M + 1), 2 * B * looked_at * M),
+        "survey_kernel": (shared * any(surveyed) + 4 * looked_at * (M + 1), 2 * B * looked_at * M),
         "gather_kernel": ((4 + size) * gathered * (M + o) + 8 * gathered, 0),
         "forward_kernel": (shared + streams * tau + size * (e_and_h + weights), 2 * B * weights),
         "backward_kernel": (
-            shared + size * (e_and_h + weights) + 4 * partial_gradients,
+            shared + size * (read_again * B * o + B * k + weights) + 4 * partial_gradients,
             4 * B * weights - 2 * B * k * M,
         ),
         "moments_kernel": (4 * (partial_gradients + 5 * numbers), 0),  # p, m and v read, m and v written

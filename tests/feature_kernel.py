@@ -44,9 +44,9 @@ def far_rows_kernel(
         p_m_in, p_m_b, p_m_out, p_norms, 16, LO, 16, 16, 16,
     )  # fmt: skip
     bad = apply_tile(
-        k0, k0 + 16, 0.5, 0.1, 1.0, 1.0, 1.0, 0.0, p_place, p_dW_in, p_db, p_dW_out, 1, 1, 16,
+        k0, k0 + 16, 0.5, 0.1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, p_place, p_dW_in, p_db, p_dW_out, 1, 1, 16,
         p_W_in, p_b, p_W_out, p_W_in, p_b, p_W_out, p_m_in, p_m_b, p_m_out, p_m_in, p_m_b, p_m_out,
-        p_norms, p_norms, 16, LO,
+        p_norms, 16, LO,
         "sgd", "global", "fp32", 16, 16, 16,
     )  # fmt: skip
     tl.store(p_bad, bad)

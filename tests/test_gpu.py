@@ -19,6 +19,7 @@ WIDE = DEMO.replace(n_neurons=2048)  # streamed
 SHAPES = {
     "tiny": TINY, "demo": DEMO, "wide": WIDE, "odd": TINY.replace(n_features=45, d_embed=7, n_neurons=51),
     "tiny dead": TINY.replace(init_bias=-0.6), "wide dead": WIDE.replace(init_bias=-0.6),
+    "narrow": TINY.replace(n_neurons=48, batch_size=2**14),  # in bf16 one kernel for both passes
     "wide waking": WIDE.replace(init_bias=-1.0, bias_decay=2.4, lr=0.01),  # no survey after some fifty steps
 }  # fmt: skip
 
@@ -44,7 +45,7 @@ def same(one, i, other, j):
 @pytest.mark.parametrize(  # every task in both regimes; each further shape and task takes the compiler seconds
     ("shape", "task"),
     [(s, t) for s in ("tiny", "wide") for t in ("decoder", "reprojector", "abs")]
-    + [("demo", "decoder"), ("odd", "abs"), ("tiny dead", "decoder"), ("wide dead", "abs")],
+    + [("demo", "decoder"), ("odd", "abs"), ("tiny dead", "decoder"), ("wide dead", "abs"), ("narrow", "decoder")],
 )
 def test_kernels_are_no_further_from_float64_than_plain_pytorch_in_their_precision(shape, task, precision):
     base = SHAPES[shape]

@@ -40,7 +40,7 @@ def test_floors_of_the_papers_shape():
     launch = choose_launch(90, 512, 64, 1024, 512, 8192, "bf16")
     specs = [spec, spec.replace(lr=0.01)]
     found = script.traffic(specs, launch, 2, [1024, 1024], [False, False])
-    assert found["survey_kernel"][1] == found["gather_kernel"][0] == 0
+    assert found["survey_kernel"] == found["gather_kernel"] == (0, 0)
     forward, backward = found["forward_kernel"], found["backward_kernel"]
     assert forward[1] == 2 * 2 * 8192 * 1024 * 576 and forward[1] + backward[1] == 2 * spec.flops_per_step
     x, tau = 2 * 8192 * 64, 4 * 8192 * 512  # one stream for both
@@ -57,3 +57,5 @@ def test_floors_of_the_papers_shape():
         assert sparse[name][1] == found[name][1] * 5 / 8
     assert sparse["moments_kernel"][0] == found["moments_kernel"][0] - 4 * parts * 3 / 4
     assert sparse["apply_kernel"] == found["apply_kernel"]
+    dead = script.traffic(specs, launch, 2, [1024, 0], [False, True])
+    assert dead["backward_kernel"][0] - x == (backward[0] - x) / 2

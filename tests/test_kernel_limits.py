@@ -61,6 +61,20 @@ def test_work_where_a_survey_finds_a_quarter_of_the_neurons():
     assert sum(work.useful for work in found.values()) == spec.flops_per_step
 
 
+def test_work_of_a_narrow_layer_whose_residual_stays_on_the_chip():
+    """By hand: 64 outputs a program, so that 8 programs see the same samples and compute z again; 16 parts of them."""
+    spec = fm.ModelSpec(n_neurons=64, batch_size=2**17)
+    launch = choose_launch(90, 512, 64, 64, 512, 2**17, "bf16")
+    assert launch.fused and (launch.BB, launch.BL, launch.BP, launch.rows) == (128, 64, 64, 8192)
+    found = {work.kernel: work for work in limits.works(spec, launch)}
+    assert list(found) == ["project", "narrow", "moments", "apply"]
+    x, tau = 2 * 2**17 * 64, 4 * 2**17 * 512
+    parts = 4 * 16 * (64 * 512 + 8 * 64 * 65)
+    assert found["narrow"].done == 2 * 2**17 * 64 * (3 * 512 + 8 * 2 * 64)
+    assert found["narrow"].cache == 8 * x + tau + 16 * 2 * (64 * 512 + 8 * 64 * 64) + parts
+    assert found["narrow"].useful == spec.flops_per_step
+
+
 def test_a_step_costs_least_where_all_neurons_are_dead_and_a_survey_that_finds_none_costs_little():
     times = [dead_neurons.time_of(dead) for dead in (1.0, 0.5, 0.0)]
     assert 0.2 < times[0] < times[1] < 1 < times[2] < 1.1 and dead_neurons.time_of(None) == 1

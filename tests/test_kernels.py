@@ -74,7 +74,8 @@ def regime(request, monkeypatch):
     def launch(*arguments):
         tiles = {name: 16 for name in Launch.__annotations__ if name[0] == "B"}
         rows = 32 if request.param == "streamed" else arguments[5]
-        return dataclasses.replace(choose_launch(*arguments), regime=request.param, rows=rows, bulk=rows == 32, **tiles)
+        how = {"regime": request.param, "rows": rows, "bulk": rows == 32, "fused": False}
+        return dataclasses.replace(choose_launch(*arguments), **how, **tiles)
 
     monkeypatch.setattr(engine_module, "choose_launch", launch)
     return request.param
@@ -212,7 +213,11 @@ def test_where_the_steps_are_cut_changes_no_bit(regime):
 def test_both_regimes_give_the_same_bits_where_their_tiles_are_the_same(monkeypatch):
     found = []
     for name in REGIMES:
-        tiles = {size: 16 for size in Launch.__annotations__ if size[0] == "B"} | {"rows": 32, "regime": name}
+        tiles = {size: 16 for size in Launch.__annotations__ if size[0] == "B"} | {
+            "rows": 32,
+            "regime": name,
+            "fused": False,
+        }
         tiles["bulk"] = name == "streamed"
         launch = lambda *a, tiles=tiles: dataclasses.replace(choose_launch(*a), **tiles)  # noqa: E731
         monkeypatch.setattr(engine_module, "choose_launch", launch)

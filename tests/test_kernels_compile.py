@@ -20,11 +20,11 @@ def test_no_half_precision_kernel_spills_and_the_table_of_resources_is_current()
     command = [sys.executable, "-m", "benchmarks.kernel_resources", "--check"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert 0 < int(done.stdout.split()[0]) <= 80 and "variants compiled" in done.stdout
+    assert 0 < int(done.stdout.split()[0]) <= 90 and "variants compiled" in done.stdout
 
 
 @pytest.mark.skipif(INTERPRETING, reason="kernels are something else in the interpreter")
-@pytest.mark.parametrize("file", ["project", "survey", "forward", "backward", "update", "resident"])
+@pytest.mark.parametrize("file", ["project", "survey", "forward", "backward", "narrow", "update", "resident"])
 def test_no_number_that_a_kernel_is_given_makes_another_binary(file):
     """Triton compiles anew for 1 and for multiples of 16: which models stand beside one must not show in its code."""
     module = importlib.import_module(f"fastmono.kernels.{file}")

@@ -25,9 +25,11 @@ RESIDENT_SCRATCH = 2**21
 ROWS_A_PART, FEWEST_ROWS = 4096, 512
 """Samples whose gradient one backward program sums: at most, and at least where few tiles ask for many parts."""
 ROWS_A_SURVEY = 1024
-"""Samples in which one program looks for active neurons. No result depends on it."""
+"""Samples in which one program looks for active neurons, a multiple of BV. No result depends on it."""
 LEAST_BIAS = 0.3
 """How far below 0 a bias has to be for many neurons to be dead in a batch."""
+MOST_PROGRAMS = 128
+"""Programs of a narrow layer: one model then fills a GPU, and the few that update it have no more parts to add."""
 PROGRAMS_A_MODEL = 32
 """Backward programs that a model's shape asks for: a few models then fill a GPU of 132 multiprocessors."""
 
@@ -60,8 +62,9 @@ def last_survey(spec: ModelSpec) -> int:
 
     That takes a twentieth of a step. It pays while the bias is well below 0: until decay alone would have brought it to
     `LEAST_BIAS`, or throughout. Of other layers next to no neuron is dead in a whole batch (docs/LOG.md, 2026-11-25).
+    Where decay is not global it is slower, and this the earliest that it could be: rho is at most lr with LAMB.
     """
-    if spec.activation != "relu" or spec.linear_path or spec.init_bias > -LEAST_BIAS:
+    if spec.activation != "relu" or spec.linear_path or spec.init_bias >= -LEAST_BIAS:
         return -1
     factor = 1.0 - spec.bias_decay * spec.lr
     if factor >= 1.0:
@@ -102,7 +105,9 @@ class Launch:
     rows: int
     """Samples of one backward program: a function of the model's shape alone, since it orders the sum."""
     bulk: bool
-    """Whether the forward and backward kernels move tiles by the copy engine."""
+    """Whether the forward, backward and narrow kernels move tiles by the copy engine."""
+    fused: bool
+    """Whether forward and backward pass are one kernel, narrow, in chunks of BB samples and tiles of BP outputs."""
     num_warps: int
     num_stages: int
     linear: bool = False
@@ -135,18 +140,28 @@ def streamed_tiles(architecture: int, M: int, precision: str, activation: str, l
     return 128, 32, 128, 32, 64, 128
 
 
+def narrow_tiles(architecture: int, k: int) -> tuple[int, int, int]:
+    """BB, BL, BP of a layer of at most 64 neurons, at which no bf16 kernel spills."""
+    generation = architecture // 10
+    if k <= 16:
+        return 128 if generation in (9, 10) else 64, 16, 128
+    if k <= 32:
+        return 128 if generation == 9 else 64, 32, 64
+    return 128 if generation == 9 else 64, 64, 64 if generation in (9, 10) else 32
+
+
 def survey_tile(roomy: bool, M: int, precision: str) -> int:
     """BV: x, W_in and the sums of so many samples and neurons."""
     if M > 128:
         return 16
     if precision == "fp32":
         return 32
-    return 64 if precision == "tf32" and not roomy else 128
+    return 64 if precision == "tf32" and (M > 64 or not roomy) else 128
 
 
 def choose_launch(
     architecture: int, N: int, m: int, k: int, o: int, B: int, precision: str, activation: str = "relu",
-    linear: bool = False,
+    linear: bool = False, decay: str = "global",
 ) -> Launch:  # fmt: skip
     """Settings for a model of this shape on a CUDA architecture (90 for sm_90; 0 for the interpreter).
 
@@ -163,15 +178,19 @@ def choose_launch(
     M = power_of_two(m, 16, LARGEST_EMBEDDING)
     resident = 4 * k * (M + o) <= RESIDENT_BYTES and 4 * B * (M + 2 * o + k) <= RESIDENT_SCRATCH
     if resident:
-        # The phases share one program's registers, and above 32 x 32 they spill; in a function that is not inlined,
-        # sm_100 has no tensor memory either, which larger tiles would ask for. Others than relu hold z besides, and in
-        # tf32 a linear path takes what was left.
+        # The phases share one program's registers, and above 32 x 32 they spill, in tf32 on sm_100 above 32 x 16; in a
+        # function that is not inlined, that has no tensor memory either, which larger tiles would ask for. Others than
+        # relu hold z besides, and in tf32 a linear path takes what was left.
         relu, tf32 = activation == "relu", precision == "tf32"
         rows_back = 32 if relu and not (linear and tf32) else 16
-        neurons = 16 if tf32 and not relu and architecture // 10 == 10 else 32
+        neurons = 16 if tf32 and architecture // 10 == 10 else 32
         tiles: tuple[int, ...] = (32, neurons, 32, rows_back, 32, 32) if M <= 128 else (16,) * 6
     else:
         tiles = streamed_tiles(architecture, M, precision, activation, linear)
+    # In bf16 alone: others would spill at tiles of any use, as would gelu and solu with more than 32 neurons.
+    fused = not resident and half and not linear and M <= 64 and k <= (64 if activation == "relu" else 32)
+    if fused:
+        tiles = *tiles[:3], *narrow_tiles(architecture, k)
     BR, BK, BO, BB, BL, BP = (
         power_of_two(size, 16, tile) for size, tile in zip((B, k, o, B, k, o), tiles, strict=True)
     )
@@ -180,9 +199,11 @@ def choose_launch(
     else:
         tiles_a_part = -(-k // BL) * -(-o // BP)
         parts = max(-(-B // ROWS_A_PART), min(-(-PROGRAMS_A_MODEL // tiles_a_part), B // FEWEST_ROWS))
+        if fused:
+            parts = min(parts, max(1, MOST_PROGRAMS // -(-o // BP)))
         unit = max(BB, 32)
         rows = -(-B // (parts * unit)) * unit
-    if max(-(-B // rows) * -(-o // BP), -(-B // BR) * -(-o // BO)) > LARGEST_GRID:
+    if -(-B // rows) * -(-o // BP) > LARGEST_GRID:
         raise ValueError(f"d_output={o}, batch_size={B}: more than {LARGEST_GRID} parts of a gradient")
     return Launch(
         regime="resident" if resident else "streamed",
@@ -196,13 +217,16 @@ def choose_launch(
         BL=BL,
         BP=BP,
         BA=16,
-        BU=min(BP, 128),  # where BP is 16, the backward pass does not fill a padded row
-        BV=min(survey_tile(roomy, M, precision), power_of_two(min(k, B), 16, 128)),
+        # Where BP is 16, the backward pass does not fill a padded row; sums of w^2 and w^4 take what more would spill.
+        BU=min(BP, 64 if decay == "per_neuron" else 128),
+        BV=survey_tile(roomy, M, precision),
         rows=rows,
         bulk=not resident and (roomy or architecture == 0),
+        fused=fused,
         num_warps=4 if precision == "tf32" and not roomy and not resident else 8,
-        num_stages=3 if architecture // 10 == 9 else 2,
+        num_stages=3 if architecture // 10 == 9 and M <= 512 else 2,
         linear=linear,
+        decay=decay,
     )
 
 
@@ -211,10 +235,17 @@ def whole_rows(numbers: int) -> int:
     return -(-numbers // ROW_NUMBERS) * ROW_NUMBERS
 
 
+def loss_parts(launch: Launch, B: int, o: int) -> int:
+    """Programs that each write a part of a model's loss."""
+    if launch.fused:
+        return -(-B // launch.rows) * -(-o // launch.BP)
+    return -(-B // launch.BR) * -(-o // launch.BO)
+
+
 def scratch_parts(launches: Sequence[Launch], B: int, o: int) -> tuple[int, int, int]:
     """The most parts of dW_out, of dW_in and db, and of the loss, of models with these settings."""
     return (
         max(-(-B // launch.rows) for launch in launches),
         max(-(-B // launch.rows) * -(-o // launch.BP) for launch in launches),
-        max(-(-B // launch.BR) * -(-o // launch.BO) for launch in launches),
+        max(loss_parts(launch, B, o) for launch in launches),
     )

@@ -6,7 +6,6 @@ share a launch. Without a GPU, `TRITON_INTERPRET=1` runs the same kernels on the
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -67,15 +66,13 @@ def last_line(error: BaseException) -> str:
 
 def launches_of(specs: Sequence[ModelSpec], precision: str, architecture: int) -> list[Launch]:
     """The launch settings of each model of a block."""
-    found = []
-    for s in specs:
-        launch = choose_launch(
+    return [
+        choose_launch(
             architecture, s.n_features, s.d_embed, rows_of(s), s.d_output, s.batch_size, precision, s.activation,
-            s.linear_path > 0,
-        )  # fmt: skip
-        decay = s.bias_decay_mode if s.bias_decay else "global"
-        found.append(dataclasses.replace(launch, decay=decay))
-    return found
+            s.linear_path > 0, s.bias_decay_mode if s.bias_decay else "global",
+        )
+        for s in specs
+    ]  # fmt: skip
 
 
 class Packed:
@@ -87,8 +84,9 @@ class Packed:
         self.operand = OPERAND[precision]
         o, B = spec.d_output, spec.batch_size
         launches = launches_of(block.specs, precision, architecture)
-        # Models that leave nothing out take longest: begun first, they do not end last.
-        order = sorted(range(len(launches)), key=lambda i: (repr(launches[i]), last_survey(block.specs[i])))
+        # Models that leave nothing out take longest: begun first, they do not end last. Otherwise the order is kept, in
+        # which those that share a batch stand side by side.
+        order = sorted(range(len(launches)), key=lambda i: (repr(launches[i]), last_survey(block.specs[i]) >= 0))
         self.order = order
         self.models: list[Model] = [block.models[i] for i in order]
         self.groups: list[tuple[Launch, int, int]] = []  # settings, first model, how many
@@ -185,9 +183,10 @@ class Packed:
         batches = max(A, len(self.seeds)) if resident else len(self.seeds)
         self.x = empty(batches, B, self.M, dtype=self.operand)
         self.tau = empty(batches, B, self.LO)
-        self.h = empty(self.rows, self.LB, dtype=self.operand)
-        self.e = empty(A, B, self.LO, dtype=self.operand)
         launches = [launch for launch, _, _ in self.groups]
+        stored = not all(launch.fused for launch in launches)
+        self.h = empty(self.rows if stored else 0, self.LB, dtype=self.operand)
+        self.e = empty(A if stored else 0, B, self.LO, dtype=self.operand)
         row_parts, parts, self.loss_parts = scratch_parts(launches, B, o)
         self.dW_out = empty(row_parts, self.rows, self.LO)
         self.dW_in = empty(parts, self.rows, self.M)
@@ -308,7 +307,7 @@ class TritonEngine:
                 continue
             launch_step(packed, streamed, surveys)
             step += 1
-            if not is_interpreting() and left > GRAPH_STEPS:  # compiled now; a graph cannot be captured of what is not
+            if not is_interpreting() and left > GRAPH_STEPS and surveys == (step <= last):  # it is compiled now
                 torch.cuda.synchronize()
                 packed.graphs[surveys] = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(packed.graphs[surveys]):
@@ -331,7 +330,8 @@ class TritonEngine:
         streams = len({stream_key(s) for s in specs})
         batches = max(A, streams) if any(launch.regime == "resident" for launch in launches) else streams
         second = 2 if spec.task == "reprojector" else 1
-        activations = size * (A * B * LO + rows * whole_rows(B) + batches * B * M) + 4 * batches * B * LO
+        stored = 0 if all(launch.fused for launch in launches) else A * B * LO + rows * whole_rows(B)
+        activations = size * (stored + batches * B * M) + 4 * batches * B * LO
         sampling = streams * (N * (second * size * M + 12) + 8)
         tables = A * (8 * N_FIELDS + 4 * N_FACTORS + 8 + 8 * STEPS_A_CALL) + 8 * STEPS_A_CALL + 16
         return (

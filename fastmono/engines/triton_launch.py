@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastmono.engines.launch import LARGEST_GRID, ROWS_A_SURVEY, Launch, tiles_of
+from fastmono.engines.launch import LARGEST_GRID, ROWS_A_SURVEY, Launch, loss_parts, tiles_of
 from fastmono.kernels.backward import backward_kernel
 from fastmono.kernels.forward import forward_kernel
+from fastmono.kernels.narrow import narrow_kernel
 from fastmono.kernels.project import project_kernel
 from fastmono.kernels.resident import resident_kernel
 from fastmono.kernels.survey import gather_kernel, survey_kernel
@@ -52,18 +53,26 @@ def launch_step(packed: Packed, groups: list[tuple[Launch, int, int]], surveys: 
                 q["W_in"], q["b"], q["W_outT"], len(A.flags), A.rows, LO, first,
                 PRECISION=precision, M=M, BG=launch.BA, BO=launch.BU, **settings,
             )  # fmt: skip
-        forward_kernel[(beside, row_tiles * tiles, -(-count // beside))](
-            A.table, A.used, A.diverged, A.step, A.x, A.tau, q["W_in"], q["b"], q["W_outT"], A.h, A.e, A.loss,
-            o, B, LO, LB, A.loss_parts, tiles, first, count,
-            ACTIVATION=spec.activation, LINEAR=launch.linear, PRECISION=precision,
-            M=M, BR=launch.BR, BK=launch.BK, BO=launch.BO, BULK=launch.bulk, **settings,
-        )  # fmt: skip
-        backward_kernel[(back, parts, count)](
-            A.table, A.used, A.factors, A.diverged, A.step, A.x, q["W_in"], q["b"], q["W_outT"], A.h, A.e,
-            A.dW_in, A.db, A.dW_out, B, LO, LB, launch.rows, row_parts, first, A.rows,
-            ACTIVATION=spec.activation, LINEAR=launch.linear, PRECISION=precision,
-            M=M, BR=launch.BB, BK=launch.BL, BO=launch.BP, BULK=launch.bulk, **settings,
-        )  # fmt: skip
+        if launch.fused:
+            narrow_kernel[(parts, count)](
+                A.table, A.used, A.factors, A.diverged, A.step, A.x, A.tau, q["W_in"], q["b"], q["W_outT"],
+                A.loss, A.dW_in, A.db, A.dW_out, o, B, LO, launch.rows, row_parts, A.loss_parts, first, A.rows,
+                ACTIVATION=spec.activation, PRECISION=precision,
+                M=M, BR=launch.BB, BK=launch.BL, BO=launch.BP, BULK=launch.bulk, **settings,
+            )  # fmt: skip
+        else:
+            forward_kernel[(row_tiles * tiles * beside, -(-count // beside))](
+                A.table, A.used, A.diverged, A.step, A.x, A.tau, q["W_in"], q["b"], q["W_outT"], A.h, A.e, A.loss,
+                o, B, LO, LB, A.loss_parts, tiles, beside, first, count,
+                ACTIVATION=spec.activation, LINEAR=launch.linear, PRECISION=precision,
+                M=M, BR=launch.BR, BK=launch.BK, BO=launch.BO, BULK=launch.bulk, **settings,
+            )  # fmt: skip
+            backward_kernel[(back, parts, count)](
+                A.table, A.used, A.factors, A.diverged, A.step, A.x, q["W_in"], q["b"], q["W_outT"], A.h, A.e,
+                A.dW_in, A.db, A.dW_out, B, LO, LB, launch.rows, row_parts, first, A.rows,
+                ACTIVATION=spec.activation, LINEAR=launch.linear, PRECISION=precision,
+                M=M, BR=launch.BB, BK=launch.BL, BO=launch.BP, BULK=launch.bulk, **settings,
+            )  # fmt: skip
         m, v = A.first_moment, A.second_moment
         if spec.optimizer != "sgd":
             moments_kernel[(chunks, count)](
@@ -82,7 +91,7 @@ def launch_step(packed: Packed, groups: list[tuple[Launch, int, int]], surveys: 
         )  # fmt: skip
         finish_kernel[(count,)](
             A.table, A.factors, A.diverged, A.step, A.loss, A.bad, A.losses, p["b"], q["b"], A.changes,
-            STEPS_A_CALL, row_tiles * tiles, A.loss_parts, A.chunks, B, first,
+            STEPS_A_CALL, loss_parts(launch, B, o), A.loss_parts, A.chunks, B, first,
             DECAY=launch.decay, BA=launch.BA, num_warps=1,
         )  # fmt: skip
     tick_kernel[(1,)](A.step, num_warps=1)
