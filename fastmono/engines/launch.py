@@ -24,12 +24,13 @@ RESIDENT_SCRATCH = 2**21
 """Largest batch of one, with all that is stored of it: one multiprocessor works on it, and its share of cache ends."""
 ROWS_A_PART, FEWEST_ROWS = 4096, 512
 """Samples whose gradient one backward program sums: at most, and at least where few tiles ask for many parts."""
+MOST_PROGRAMS, ROWS_A_NARROW_PART = 128, 16_384
+"""Programs of a narrow layer, about as many as a GPU has multiprocessors, since those that update it add up the parts;
+but no more samples in one."""
 ROWS_A_SURVEY = 1024
 """Samples in which one program looks for active neurons, a multiple of BV. No result depends on it."""
 LEAST_BIAS = 0.3
 """How far below 0 a bias has to be for many neurons to be dead in a batch."""
-MOST_PROGRAMS = 128
-"""Programs of a narrow layer: one model then fills a GPU, and the few that update it have no more parts to add."""
 PROGRAMS_A_MODEL = 32
 """Backward programs that a model's shape asks for: a few models then fill a GPU of 132 multiprocessors."""
 
@@ -141,7 +142,7 @@ def streamed_tiles(architecture: int, M: int, precision: str, activation: str, l
 
 
 def narrow_tiles(architecture: int, k: int) -> tuple[int, int, int]:
-    """BB, BL, BP of a layer of at most 64 neurons, at which no bf16 kernel spills."""
+    """BB, BL, BP of a layer of at most 64 neurons, at which no kernel of the table of resources spills."""
     generation = architecture // 10
     if k <= 16:
         return 128 if generation in (9, 10) else 64, 16, 128
@@ -200,10 +201,11 @@ def choose_launch(
         tiles_a_part = -(-k // BL) * -(-o // BP)
         parts = max(-(-B // ROWS_A_PART), min(-(-PROGRAMS_A_MODEL // tiles_a_part), B // FEWEST_ROWS))
         if fused:
-            parts = min(parts, max(1, MOST_PROGRAMS // -(-o // BP)))
+            parts = max(min(parts, MOST_PROGRAMS // -(-o // BP)), -(-B // ROWS_A_NARROW_PART))
         unit = max(BB, 32)
         rows = -(-B // (parts * unit)) * unit
-    if -(-B // rows) * -(-o // BP) > LARGEST_GRID:
+    grids = -(-B // ROWS_A_SURVEY), 0 if fused else -(-B // rows) * -(-o // BP)
+    if max(grids) > LARGEST_GRID:
         raise ValueError(f"d_output={o}, batch_size={B}: more than {LARGEST_GRID} parts of a gradient")
     return Launch(
         regime="resident" if resident else "streamed",

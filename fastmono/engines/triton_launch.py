@@ -92,7 +92,7 @@ def launch_step(packed: Packed, groups: list[tuple[Launch, int, int]], surveys: 
         finish_kernel[(count,)](
             A.table, A.factors, A.diverged, A.step, A.loss, A.bad, A.losses, p["b"], q["b"], A.changes,
             STEPS_A_CALL, loss_parts(launch, B, o), A.loss_parts, A.chunks, B, first,
-            DECAY=launch.decay, BA=launch.BA, num_warps=1,
+            DECAY=launch.decay, BA=launch.BA, **settings,
         )  # fmt: skip
     tick_kernel[(1,)](A.step, num_warps=1)
 
