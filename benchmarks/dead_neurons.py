@@ -21,11 +21,11 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.kernel_limits import seconds, works
+from benchmarks.kernel_limits import case, seconds
 from benchmarks.tables import RESULTS, write_csv
 from fastmono.block import Block, Model
 from fastmono.engines import engine_class
-from fastmono.engines.launch import choose_launch, last_survey
+from fastmono.engines.launch import last_survey
 from fastmono.philox import FeatureSampler
 from fastmono.spec import ModelSpec
 
@@ -60,10 +60,7 @@ def activity(model: Model, step: int) -> tuple[float, float]:
 
 def time_of(dead: float | None) -> float:
     """Time of a step of the paper's shape with this share of dead neurons left out, over one without a survey."""
-    spec = ModelSpec()
-    launch = choose_launch(90, 512, 64, 1024, 512, 8192, "bf16")
-    active = None if dead is None else round((1 - dead) * spec.n_neurons)
-    return seconds(works(spec, launch, active=active)) / seconds(works(spec, launch))
+    return seconds(case(1024, None if dead is None else round((1 - dead) * 1024))) / seconds(case(1024))
 
 
 def bias_left(spec: ModelSpec, step: int) -> float:

@@ -36,8 +36,8 @@ A_WORD = 25
 """Integer operations of a feature: a quarter of Philox's ten rounds, conversion and comparison."""
 SHARING = 12
 """Models that share a stream: the projection is done once for all of them."""
-CASES = (1024, 1.0), (1024, 0.25), (256, 1.0), (128, 1.0), (64, 1.0), (32, 1.0), (16, 1.0)
-"""Neurons, and which share of them takes part: all, without a survey, or some that one finds."""
+CASES = (1024, None), (1024, 256), (256, None), (128, None), (64, None), (32, None), (16, None)
+"""Neurons, and how many of them a survey finds active: None where there is none, and all take part."""
 COLUMNS = (
     "k", "active", "kernel", "useful_GFLOP", "done_GFLOP", "memory_MB", "cache_MB", "product_us", "memory_us",
     "cache_us", "integer_us", "limited_by",
@@ -136,22 +136,24 @@ def rows_of(found: list[Work]) -> list[dict[str, object]]:
     return rows
 
 
-def seconds(found: list[Work]) -> float:
-    """Of a model-step: the sum of the kernels' largest floors."""
-    return sum(max(work.floors().values()) for work in found)
+LIMITS = ("product", "memory", "cache", "integer")
 
 
-def share(found: list[Work], limits: tuple[str, ...] = ("product", "memory", "cache", "integer")) -> float:
-    """Useful operations at the product rate over the sum of the kernels' largest floors among `limits`."""
-    useful = sum(work.useful for work in found) / PRODUCT
-    return useful / sum(max(work.floors()[name] for name in limits) for work in found)
+def seconds(found: list[Work], limits: tuple[str, ...] = LIMITS) -> float:
+    """Of a model-step: the sum of the kernels' largest floors among `limits`."""
+    return sum(max(work.floors()[name] for name in limits) for work in found)
 
 
-def case(k: int, active: float) -> list[Work]:
-    """The work of a layer of k neurons of which this share takes part, on sm_90."""
+def share(found: list[Work], limits: tuple[str, ...] = LIMITS) -> float:
+    """Useful operations at the product rate over that time."""
+    return sum(work.useful for work in found) / PRODUCT / seconds(found, limits)
+
+
+def case(k: int, active: int | None = None) -> list[Work]:
+    """The work of a layer of k neurons on sm_90, of the paper's width sweep; `active` as in `works`."""
     spec = ModelSpec(n_neurons=k, batch_size=2**23 // k)
     launch = choose_launch(90, spec.n_features, spec.d_embed, k, spec.d_output, spec.batch_size, "bf16")
-    return works(spec, launch, active=None if active == 1 else int(active * k))
+    return works(spec, launch, active=active)
 
 
 def main() -> int:
@@ -160,7 +162,7 @@ def main() -> int:
     widths = Table("k", "B", "us a model-step", "of the product rate", title="the narrow half of the width sweep")
     for k, active in CASES:
         found = case(k, active)
-        own = [{"k": k, "active": active, **row} for row in rows_of(found)]
+        own = [{"k": k, "active": (active or k) / k, **row} for row in rows_of(found)]
         rows += own
         if k < 1024:
             widths.add_row(str(k), f"{2**23 // k:,}", f"{1e6 * seconds(found):.0f}", f"{share(found):.2f}")

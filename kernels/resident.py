@@ -20,17 +20,13 @@ from .tables import (
     N_FACTORS,
     N_FIELDS,
     RANK,
-    ROW,
     STREAM,
     chunks_before,
     decay_of,
     is_active,
     is_surveyed,
-    neurons_of,
     part_start,
     row_start,
-    rows_and_chunks,
-    starts_of,
     takes_all,
     whole_rows,
 )
@@ -59,8 +55,8 @@ def survey_phase(
     PRECISION: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The flags of all neurons."""
-    row, i, _ = starts_of(p_models, model, M, LO)
-    k, every = neurons_of(p_models, model), takes_all(p_models, model, step)
+    row, i, _, k = part_start(p_models, model, 0, M, LO)
+    every = takes_all(p_models, model, step)
     for k0 in range(0, k, BK):
         survey_tile(
             every, 0, B, k0, p_x + model * B * M, p_W_in + i, p_b + row, p_flags + row, k, PRECISION, M, BR, BK
@@ -73,8 +69,8 @@ def gather_phase(
     PRECISION: tl.constexpr, M: tl.constexpr, BG: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """The operands of all active neurons, and how many they are."""
-    row, i, out = starts_of(p_models, model, M, LO)
-    k, used = neurons_of(p_models, model), 0
+    row, i, out, k = part_start(p_models, model, 0, M, LO)
+    used = 0
     for k0 in range(0, k, BG):
         used += gather_tile(
             k0, used, p_flags + row, 1, 0, p_place + row, p_W_in + i, p_b + row, p_W_out + out,
@@ -90,7 +86,7 @@ def forward_phase(
     M: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """h^T [k + rank, LB], e [B, LO] of all samples, and the parts of the loss, [row tiles, output tiles]."""
-    row, i, out = starts_of(p_models, model, M, LO)
+    row, i, out, _ = part_start(p_models, model, 0, M, LO)
     k, rank = tl.load(p_used + model), tl.load(p_models + model * N_FIELDS + RANK).to(tl.int32)
     p_x, p_tau, p_e = p_x + model * B * M, p_tau + model * B * LO, p_e + model * B * LO
     tiles = tl.cdiv(o, BO)
@@ -169,21 +165,6 @@ def apply_phase(
         tl.store(p_bad + own, bad)
 
 
-@triton.jit(noinline=True)
-def finish_phase(
-    p_models, model, p_factors, step, t, rate_stride, p_loss, loss_parts, loss_stride, p_bad, p_losses, p_diverged, B,
-    p_b, p_q_b, p_changes, chunks, DECAY: tl.constexpr, BA: tl.constexpr,
-):  # fmt: skip
-    """The loss of the step, and whether the model diverged."""
-    row = tl.load(p_models + model * N_FIELDS + ROW)
-    k, own = rows_and_chunks(p_models, model, BA)
-    _, strength = decay_of(p_models, p_factors, model, step)
-    finish_model(
-        model, step, t, rate_stride, p_loss + model * loss_stride, loss_parts, p_bad + model * chunks, own,
-        p_losses, p_diverged, B, p_b + row, p_q_b + row, k, strength, p_changes + model * chunks * 2, DECAY, BA,
-    )  # fmt: skip
-
-
 NUMBERS = [
     "n_steps", "rate_stride", "in_parts", "rows", "loss_parts", "loss_stride", "chunks", "o", "N", "B", "LO", "LB",
     "first",
@@ -251,7 +232,7 @@ def resident_kernel(
                     OPTIMIZER, DECAY, PRECISION, M, BA, BO,
                 )  # fmt: skip
             tl.debug_barrier()
-            finish_phase(
+            finish_model(
                 p_models, model, p_factors, step, t, rate_stride, p_loss, loss_parts, loss_stride, p_bad, p_losses,
                 p_diverged, B, p_b, p_q_b, p_changes, chunks, DECAY, BA,
             )  # fmt: skip

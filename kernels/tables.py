@@ -53,13 +53,6 @@ def neurons_of(p_models, model):
 
 
 @triton.jit
-def starts_of(p_models, model, M, LO):
-    """Where a model begins in the packed tensors: its first row, and the offsets of that in W_in and in W_out^T."""
-    row = tl.load(p_models + model * N_FIELDS + ROW)
-    return row, row * M, row * LO
-
-
-@triton.jit
 def part_start(p_models, model, part: tl.constexpr, M, LO):
     """Where a model's neurons (part 0) or its linear path (1) begin: first row, offsets of it in W_in and in W_out^T;
     and how many rows they are."""

@@ -177,8 +177,7 @@ def spread(squares, fourths, o):
 def apply_tile(
     k0, k, unit, lr, r_in, r_b, r_out, c1, c2, factor, strength,
     p_place, p_dW_in, p_db, p_dW_out, in_parts, out_parts, rows,
-    p_W_in, p_b, p_W_out, p_q_in, p_q_b, p_q_out, p_m_in, p_m_b, p_m_out, p_v_in, p_v_b, p_v_out,
-    p_change, o, LO,
+    p_W_in, p_b, p_W_out, p_q_in, p_q_b, p_q_out, p_m_in, p_m_b, p_m_out, p_v_in, p_v_b, p_v_out, p_change, o, LO,
     OPTIMIZER: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, BA: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
@@ -251,19 +250,24 @@ def decay_with_rate(p_b, p_q_b, k, strength, p_changes, chunks, BA: tl.constexpr
     return bad
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def finish_model(
-    model, step, t, n_steps, p_loss, loss_parts, p_bad, bad_parts, p_losses, p_diverged, B,
-    p_b, p_q_b, k, strength, p_changes, DECAY: tl.constexpr, BA: tl.constexpr,
+    p_models, model, p_factors, step, t, n_steps, p_loss, loss_parts, loss_stride, p_bad, p_losses, p_diverged, B,
+    p_b, p_q_b, p_changes, chunks, DECAY: tl.constexpr, BA: tl.constexpr,
 ):  # fmt: skip
-    """The loss of a step from its parts p_loss [loss_parts], what "rate" makes of b [k], and whether the model
-    diverged: p_bad [bad_parts]."""
-    loss = tl.math.div_rn(sum_of(p_loss, 1, loss_parts, SUMMED), B.to(tl.float32))
+    """The loss of a step from its parts p_loss [A, loss_parts], what "rate" makes of b, and whether the model diverged:
+    p_bad [A, chunks]."""
+    k, own = rows_and_chunks(p_models, model, BA)
+    loss = sum_of(p_loss + model * loss_stride, 1, loss_parts, SUMMED)
+    loss = tl.math.div_rn(loss, B.to(tl.float32))
     bad = 0
-    if DECAY == "rate":  # noqa: SIM102 (known to the compiler, which leaves out the rest)
+    if DECAY == "rate":
+        _, strength = decay_of(p_models, p_factors, model, step)
         if strength != 0.0:
-            bad = decay_with_rate(p_b, p_q_b, k, strength, p_changes, tl.cdiv(k, BA), BA)
-    bad += sum_of(p_bad, 1, bad_parts, SUMMED)
+            row = tl.load(p_models + model * N_FIELDS + ROW)
+            p_changes += model * chunks * 2
+            bad = decay_with_rate(p_b + row, p_q_b + row, k, strength, p_changes, tl.cdiv(k, BA), BA)
+    bad += sum_of(p_bad + model * chunks, 1, own, SUMMED)
     tl.store(p_losses + model * n_steps + t, loss)
     if (bad > 0) | (not (tl.abs(loss) < float("inf"))):
         tl.store(p_diverged + model, step + 1)
@@ -316,8 +320,7 @@ def apply_kernel(
             p_place + row, p_dW_in + i, p_db + row, p_dW_out + out, in_parts, out_parts, rows.to(tl.int64),
             p_W_in + i, p_b + row, p_W_out + out, p_q_in + i, p_q_b + row, p_q_out + out,
             p_m_in + i, p_m_b + row, p_m_out + out, p_v_in + i, p_v_b + row, p_v_out + out,
-            p_changes + 2 * own, o, LO,
-            OPTIMIZER, DECAY, PRECISION, M, BA, BO,
+            p_changes + 2 * own, o, LO, OPTIMIZER, DECAY, PRECISION, M, BA, BO,
         )  # fmt: skip
         tl.store(p_bad + own, bad)
 
@@ -331,13 +334,9 @@ def finish_kernel(
     model = (first + tl.program_id(0)).to(tl.int64)
     step, t = tl.load(p_step), tl.load(p_step) - tl.load(p_step + 1)
     if is_active(p_models, p_diverged, model, step):
-        k, own = rows_and_chunks(p_models, model, BA)
-        _, strength = decay_of(p_models, p_factors, model, step)
-        row = tl.load(p_models + model * N_FIELDS + ROW)
         finish_model(
-            model, step, t, n_steps, p_loss + model * loss_stride, loss_parts, p_bad + model * chunks, own,
-            p_losses, p_diverged, B, p_b + row, p_q_b + row, k, strength,
-            p_changes + model * chunks * 2, DECAY, BA,
+            p_models, model, p_factors, step, t, n_steps, p_loss, loss_parts, loss_stride, p_bad, p_losses, p_diverged,
+            B, p_b, p_q_b, p_changes, chunks, DECAY, BA,
         )  # fmt: skip
 
 

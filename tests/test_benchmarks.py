@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import compare, figures, markdown, throughput
+from benchmarks import figures, markdown, throughput
 from benchmarks.contestants import ENTRIES, make
 from benchmarks.contestants.base import Unavailable, factor_table, rate_table, stream_seed
 from benchmarks.contestants.bmm import Bmm
@@ -348,8 +348,6 @@ def test_a_contestant_that_fails_its_gate_is_shown_as_failed_and_not_timed(tmp_p
 def test_bad_arguments_are_an_error_in_a_line(capsys):
     assert throughput.main(["--suite", "demo", "--device", "cpu", "--only", "nobody"]) == 2
     assert "must be one of published" in capsys.readouterr().err
-    assert compare.main(["no-such-revision", "HEAD"]) == 2
-    assert "is not a commit" in capsys.readouterr().err
 
 
 def test_devices_have_folder_names():
@@ -358,46 +356,7 @@ def test_devices_have_folder_names():
     assert all(entry.devices and entry.title for entry in ENTRIES.values())
 
 
-class Side:
-    def __init__(self, label, times, calls):
-        self.label, self.times, self.calls = label, iter(times), calls
-
-    def turn(self):
-        self.calls.append(self.label)
-        return next(self.times)
-
-
-def test_comparison_alternates_and_takes_ratios_of_pairs():
-    calls = []
-    found = compare.pairs(Side("a", [1, 2, 4, 8], calls), Side("b", [2, 4, 8, 16], calls), 4)
-    assert "".join(calls) == "abbaabba" and found == [(1, 2), (2, 4), (4, 8), (8, 16)]
-    result = compare.summary(found * 2)
-    assert result["b_over_a"] == 2 and result["verdict"] == "B is slower"
-    assert compare.summary(found)["verdict"].startswith("too few")
-    mixed = [(1, 1.1), (1, 0.9), (1, 1.2), (1, 0.8)] * 2
-    assert compare.summary(mixed)["verdict"].startswith("no difference")
-    assert compare.summary([(b, a) for a, b in found * 2])["verdict"] == "B is faster"
-
-
-@pytest.mark.parametrize("count", [3, 5, 6, 8, 15, 40])
-def test_interval_of_the_median_is_that_of_the_binomial_distribution(count):
-    stats = pytest.importorskip("scipy.stats")
-    k = compare.rank_of_interval(count)
-    # The median lies outside when fewer than k values lie on one side of it.
-    if k is not None:
-        assert 2 * stats.binom.cdf(k - 1, count, 0.5) <= 0.05 < 2 * stats.binom.cdf(k, count, 0.5)
-    else:
-        assert 2 * stats.binom.cdf(0, count, 0.5) > 0.05
-
-
 def test_gate_takes_the_highest_rate_of_each_bias():
     grid = suite("demo", False).cases[0].grid
     assert [(grid[i].lr, grid[i].init_bias) for i in most_telling(grid, 2)] == [(0.03, 0.0), (0.03, -1.0)]
     assert most_telling(grid[:1], 2) == [0]
-
-
-@pytest.mark.slow
-def test_comparison_of_a_commit_with_itself_runs_in_two_worktrees(tmp_path):
-    out = tmp_path / "compare.json"
-    assert compare.main(["HEAD", "HEAD", "--smoke", "--device", "cpu", "--pairs", "3", "--out", str(out)]) == 0
-    assert json.loads(out.read_text())["pairs"] == 3

@@ -39,6 +39,7 @@ SMALL = fm.ModelSpec(
 )  # fmt: skip
 BASE = SMALL.replace(n_features=18, n_neurons=19, batch_size=21)
 REGIMES = ["resident", "streamed"]
+TILES = {name: 16 for name in Launch.__annotations__ if name[0] == "B"}
 
 
 def interpreted(test):
@@ -73,10 +74,9 @@ def regime(request, monkeypatch):
     """Forces a regime, whatever the shape, and small tiles, so that every loop has several turns and a remainder."""
 
     def launch(*arguments):
-        tiles = {name: 16 for name in Launch.__annotations__ if name[0] == "B"}
         rows = 32 if request.param == "streamed" else arguments[5]
         how = {"regime": request.param, "rows": rows, "bulk": rows == 32, "fused": False}
-        return dataclasses.replace(choose_launch(*arguments), **how, **tiles)
+        return dataclasses.replace(choose_launch(*arguments), **how, **TILES)
 
     monkeypatch.setattr(engine_module, "choose_launch", launch)
     return request.param
@@ -214,13 +214,8 @@ def test_where_the_steps_are_cut_changes_no_bit(regime):
 def test_both_regimes_give_the_same_bits_where_their_tiles_are_the_same(monkeypatch):
     found = []
     for name in REGIMES:
-        tiles = {size: 16 for size in Launch.__annotations__ if size[0] == "B"} | {
-            "rows": 32,
-            "regime": name,
-            "fused": False,
-        }
-        tiles["bulk"] = name == "streamed"
-        launch = lambda *a, tiles=tiles: dataclasses.replace(choose_launch(*a), **tiles)  # noqa: E731
+        how = {**TILES, "rows": 32, "regime": name, "fused": False, "bulk": name == "streamed"}
+        launch = lambda *a, how=how: dataclasses.replace(choose_launch(*a), **how)  # noqa: E731
         monkeypatch.setattr(engine_module, "choose_launch", launch)
         found.append(trained([BASE, BASE.replace(n_neurons=35)], 3))
     (one, losses), (other, other_losses) = found

@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from engine_cases import same_state
 from test_kernels import (
     BASE,
     HAS_TRITON,
     INTERPRETING,
     SMALL,
+    TILES,
     Fences,
     check_against_the_reference,
     interpreted,
@@ -16,7 +18,7 @@ from test_kernels import (
 )
 
 from fastmono.block import PRECISIONS, Block
-from fastmono.engines.launch import Launch, choose_launch, loss_parts, power_of_two
+from fastmono.engines.launch import choose_launch, loss_parts, power_of_two
 
 if INTERPRETING and HAS_TRITON:
     from fastmono.engines import triton as engine_module
@@ -29,8 +31,7 @@ def narrow(monkeypatch):
         return
 
     def launch(*arguments):
-        tiles = {name: 16 for name in Launch.__annotations__ if name[0] == "B"}
-        tiles["BL"] = power_of_two(arguments[3], 16, 64)
+        tiles = {**TILES, "BL": power_of_two(arguments[3], 16, 64)}
         fused = not arguments[8]
         found = choose_launch(*arguments)
         return dataclasses.replace(found, regime="streamed", rows=32, bulk=True, fused=fused, **tiles)
@@ -96,8 +97,7 @@ def test_models_beside_others_with_a_linear_path_or_dead_neurons_are_bitwise_wha
         alone, alone_losses = trained([spec], 3, cuts=[1, 2])
         for block, found, at in ((whole, losses, i), (permuted, permuted_losses, order.index(i))):
             assert torch.equal(found[at].nan_to_num(-1), alone_losses[0].nan_to_num(-1))
-            for part in ("parameters", "first_moment", "second_moment"):
-                assert torch.equal(getattr(block.models[at], part), getattr(alone.models[0], part)), (i, part)
+            assert same_state(block.models[at], alone.models[0]), i
 
 
 @interpreted

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from engine_cases import same_state
 from test_kernels import (
     HAS_TRITON,
     INTERPRETING,
@@ -42,11 +43,6 @@ def active(model, step):
     f = FeatureSampler(model.spec).batch(step, 0, model.spec.batch_size).double()
     z = f @ model.P.double().T @ model.tensors["W_in"].double().T + model.tensors["b"].double()
     return (z > 0).any(0)
-
-
-def same_states(one, other):
-    parts = ("parameters", "first_moment", "second_moment")
-    return all(torch.equal(getattr(one, part), getattr(other, part)) for part in parts)
 
 
 @interpreted
@@ -134,7 +130,7 @@ def test_after_the_last_survey_all_take_part_and_no_cut_or_new_engine_changes_a_
         engine.fetch(block)
         everyone = torch.equal(engine._packed.place, torch.arange(17, dtype=torch.int32))
         assert everyone == (block.step > 2), block.step
-    assert torch.equal(losses, torch.cat(parts, 1)) and same_states(block.models[0], whole.models[0])
+    assert torch.equal(losses, torch.cat(parts, 1)) and same_state(block.models[0], whole.models[0])
     check_against_the_reference([WAKING], "fp32", 5)
 
 
@@ -150,7 +146,7 @@ def test_models_that_leave_neurons_out_are_bitwise_what_they_are_alone(regime):
         alone, alone_losses = trained([spec], 4)
         for block, found, at in ((whole, losses, i), (permuted, permuted_losses, j)):
             assert torch.equal(found[at].nan_to_num(-1), alone_losses[0].nan_to_num(-1))
-            assert same_states(block.models[at], alone.models[0])
+            assert same_state(block.models[at], alone.models[0])
 
 
 @interpreted
@@ -166,7 +162,7 @@ def test_a_nan_in_a_dead_neuron_is_seen_at_its_step_and_stays_in_its_model(regim
     # 0 times NaN is never formed for W_out, which is seen in the parameters; z is NaN, and reaches the loss.
     assert losses[1, 0].isnan() == (where != "W_outT") and losses[1, 1:].isnan().all()
     for i, j in ((0, 0), (2, 1)):
-        assert torch.equal(losses[i], calm_losses[j]) and same_states(block.models[i], calm.models[j])
+        assert torch.equal(losses[i], calm_losses[j]) and same_state(block.models[i], calm.models[j])
 
 
 @interpreted
@@ -179,7 +175,7 @@ def test_nothing_is_written_or_read_beyond_the_ends(regime):
     losses = engine.advance(block, 2)
     engine.fetch(block)
     assert all(fences.whole()) and torch.equal(losses, plain_losses)
-    assert all(map(same_states, block.models, plain.models))
+    assert all(map(same_state, block.models, plain.models))
 
 
 @interpreted

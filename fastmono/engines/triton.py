@@ -325,7 +325,7 @@ class TritonEngine:
         row_parts, parts, loss_parts = scratch_parts(launches, B, o)
         chunks = max(tiles_of(s, launch.BA) for s, launch in zip(specs, launches, strict=True))
         state = rows * ((12 + size) * (M + LO) + 16)
-        survey = rows * (4 - (-B // ROWS_A_SURVEY)) + 4 * A
+        survey = rows * (4 + -(-B // ROWS_A_SURVEY)) + 4 * A
         gradients = 4 * rows * (row_parts * LO + parts * (M + 1))
         streams = len({stream_key(s) for s in specs})
         batches = max(A, streams) if any(launch.regime == "resident" for launch in launches) else streams
