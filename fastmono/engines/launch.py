@@ -162,9 +162,11 @@ def survey_tile(roomy: bool, M: int, precision: str) -> int:
 
 def choose_launch(
     architecture: int, N: int, m: int, k: int, o: int, B: int, precision: str, activation: str = "relu",
-    linear: bool = False, decay: str = "global",
+    linear: bool = False, decay: str = "global", regime: str = "auto",
 ) -> Launch:  # fmt: skip
     """Settings for a model of this shape on a CUDA architecture (90 for sm_90; 0 for the interpreter).
+
+    regime: resident or streamed; auto chooses by the size of the model and its batch.
 
     Raises `ValueError` where a shape cannot run.
     """
@@ -177,7 +179,8 @@ def choose_launch(
     if m > largest:
         raise ValueError(f"d_embed={m}: the triton engine holds an embedding whole, in {precision} up to {largest}")
     M = power_of_two(m, 16, LARGEST_EMBEDDING)
-    resident = 4 * k * (M + o) <= RESIDENT_BYTES and 4 * B * (M + 2 * o + k) <= RESIDENT_SCRATCH
+    small = 4 * k * (M + o) <= RESIDENT_BYTES and 4 * B * (M + 2 * o + k) <= RESIDENT_SCRATCH
+    resident = regime == "resident" or (regime == "auto" and small)
     if resident:
         # The phases share one program's registers, and above 32 x 32 they spill, in tf32 on sm_100 above 32 x 16; in a
         # function that is not inlined, that has no tensor memory either, which larger tiles would ask for. Others than

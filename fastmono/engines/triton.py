@@ -7,7 +7,8 @@ share a launch. Without a GPU, `TRITON_INTERPRET=1` runs the same kernels on the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from fastmono.engines.launch import (
     tiles_of,
     whole_rows,
 )
+from fastmono.engines.switches import Switches
 from fastmono.engines.triton_launch import STEPS_A_CALL, launch_resident, launch_step
 from fastmono.frequencies import presence_probabilities, scales, thresholds
 from fastmono.optim import adam_corrections, bias_factor, decay_strength, learning_rates
@@ -40,6 +42,7 @@ OLDEST_TRITON = (3, 4)
 N_FIELDS, N_FACTORS, N_NORMS = 6, 3, 6
 LINEAR_ROWS = {"L_in": "W_in", "L_outT": "W_outT"}
 """Tensors of the linear path, and behind whose rows they are packed."""
+NO_SWITCHES = Switches()
 OPERAND = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -64,13 +67,15 @@ def last_line(error: BaseException) -> str:
     return lines[-1][:300] if lines else ""
 
 
-def launches_of(specs: Sequence[ModelSpec], precision: str, architecture: int) -> list[Launch]:
+def launches_of(
+    specs: Sequence[ModelSpec], precision: str, architecture: int, switches: Switches = NO_SWITCHES
+) -> list[Launch]:
     """The launch settings of each model of a block."""
     return [
-        choose_launch(
+        switches.apply(choose_launch(
             architecture, s.n_features, s.d_embed, rows_of(s), s.d_output, s.batch_size, precision, s.activation,
-            s.linear_path > 0, s.bias_decay_mode if s.bias_decay else "global",
-        )
+            s.linear_path > 0, s.bias_decay_mode if s.bias_decay else "global", switches.regime,
+        ))
         for s in specs
     ]  # fmt: skip
 
@@ -78,12 +83,14 @@ def launches_of(specs: Sequence[ModelSpec], precision: str, architecture: int) -
 class Packed:
     """A block's models on the device, and the scratch of their kernels."""
 
-    def __init__(self, block: Block, precision: str, device: torch.device, architecture: int) -> None:
+    def __init__(
+        self, block: Block, precision: str, device: torch.device, architecture: int, switches: Switches = NO_SWITCHES
+    ) -> None:
         spec = block.specs[0]
         self.spec, self.precision, self.device = spec, precision, device
         self.operand = OPERAND[precision]
         o, B = spec.d_output, spec.batch_size
-        launches = launches_of(block.specs, precision, architecture)
+        launches = launches_of(block.specs, precision, architecture, switches)
         # Models that leave nothing out take longest: begun first, they do not end last. Otherwise the order is kept, in
         # which those that share a batch stand side by side.
         order = sorted(range(len(launches)), key=lambda i: (repr(launches[i]), last_survey(block.specs[i]) >= 0))
@@ -223,14 +230,19 @@ class TritonEngine:
 
     Args:
         precision: fp32, tf32 or bf16.
+        regime, bulk, graphs, launch: switches that separate one cause from another (fastmono/engines/switches.py);
+            the defaults are what trains.
 
     Raises:
-        ValueError: no GPU and no interpreter, or bf16 in the interpreter, which computes it wrongly.
+        ValueError: no GPU and no interpreter; bf16 in the interpreter, which computes it wrongly; a wrong switch.
     """
 
     name = "triton"
 
-    def __init__(self, precision: str = "fp32") -> None:
+    def __init__(
+        self, precision: str = "fp32", *, regime: str = "auto", bulk: bool = True, graphs: bool = True,
+        launch: Mapping[str, int] | str | Path | None = None,
+    ) -> None:  # fmt: skip
         if not is_available():
             raise ValueError("engine='triton': needs a CUDA GPU (or TRITON_INTERPRET=1, for very small grids)")
         if is_interpreting() and precision == "bf16":
@@ -240,6 +252,7 @@ class TritonEngine:
                 f"engine='triton': Triton {triton.__version__} is too old; use 3.4 (PyTorch 2.8) or engine='cpu'"
             )
         self.precision = precision
+        self.switches = Switches.of(regime, bulk, graphs, launch)
         self.device = torch.device("cpu" if is_interpreting() else "cuda")
         self.architecture = 0
         if not is_interpreting():
@@ -252,7 +265,7 @@ class TritonEngine:
     def _pack(self, block: Block) -> Packed:
         if self._packed is None or self._block is not block:
             self._packed = None  # free its memory before the next takes any
-            self._packed = Packed(block, self.precision, self.device, self.architecture)
+            self._packed = Packed(block, self.precision, self.device, self.architecture, self.switches)
             self._block = block
         return self._packed
 
@@ -307,7 +320,8 @@ class TritonEngine:
                 continue
             launch_step(packed, streamed, surveys)
             step += 1
-            if not is_interpreting() and left > GRAPH_STEPS and surveys == (step <= last):  # it is compiled now
+            capture = self.switches.graphs and not is_interpreting()
+            if capture and left > GRAPH_STEPS and surveys == (step <= last):  # it is compiled now
                 torch.cuda.synchronize()
                 packed.graphs[surveys] = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(packed.graphs[surveys]):
@@ -315,11 +329,13 @@ class TritonEngine:
                         launch_step(packed, streamed, surveys)
 
     @staticmethod
-    def device_bytes(specs: Sequence[ModelSpec], precision: str, architecture: int) -> int:
+    def device_bytes(
+        specs: Sequence[ModelSpec], precision: str, architecture: int, switches: Switches = NO_SWITCHES
+    ) -> int:
         """Memory that a block takes on the device: what `Packed` allocates."""
         spec = specs[0]
         N, o, B = spec.n_features, spec.d_output, spec.batch_size
-        launches = launches_of(specs, precision, architecture)
+        launches = launches_of(specs, precision, architecture, switches)
         M, LO, size = launches[0].M, whole_rows(o), OPERAND[precision].itemsize
         rows, A = sum(map(rows_of, specs)), len(specs)
         row_parts, parts, loss_parts = scratch_parts(launches, B, o)
