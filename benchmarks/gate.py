@@ -87,15 +87,17 @@ class Gate:
         reference: trains what the contestants are compared with.
         streams: R.
         steps: length of a run; in 64 steps, a contestant that logs every 16 has a loss in each quarter.
+        runs: what came of the reference from each start, its state and losses; made when they are first needed.
     """
 
     starts: Sequence[State]
     reference: Contestant
     streams: int
     steps: int
-    _runs: list[tuple[State, Tensor]] = field(default_factory=list)
+    runs: list[tuple[State, Tensor]] = field(default_factory=list)
 
-    def _run(self, contestant: Contestant, start: State, first_seed: int) -> tuple[State, State, Tensor]:
+    def run(self, contestant: Contestant, start: State, first_seed: int) -> tuple[State, State, Tensor]:
+        """The state that a contestant begins from on streams of its own, the one that it reaches, and its losses."""
         begun = start.on_streams(range(first_seed, first_seed + self.streams))
         contestant.load(begun)
         losses = contestant.advance(self.steps)
@@ -105,16 +107,16 @@ class Gate:
 
     def check(self, contestant: Contestant) -> Verdict:
         """Run the contestant and compare."""
-        if not self._runs:
+        if not self.runs:
             for start in self.starts:
-                _, end, losses = self._run(self.reference, start, REFERENCE_SEED)
-                self._runs.append((end, losses))
+                _, end, losses = self.run(self.reference, start, REFERENCE_SEED)
+                self.runs.append((end, losses))
         models, R = self.starts[0].group, self.streams
         comparisons = len(self.starts) * models * (QUARTERS + len(MOVED))
         quantile = student_quantile(ALPHA / comparisons / 2, 2 * R - 2)
         worst, where = 0.0, "nowhere"
-        for start, (end, losses) in zip(self.starts, self._runs, strict=True):
-            begun, its_end, its_losses = self._run(contestant, start, CONTESTANT_SEED)
+        for start, (end, losses) in zip(self.starts, self.runs, strict=True):
+            begun, its_end, its_losses = self.run(contestant, start, CONTESTANT_SEED)
             logged = ~its_losses[0].isnan()
             if its_losses[:, logged].isnan().any() or not logged.any() or not is_finite(its_end):
                 return Verdict(False, math.inf, "not finite", quantile, R, models, self.steps, comparisons)

@@ -6,6 +6,17 @@ import pytest
 import torch
 
 import fastmono as fm
+from benchmarks.gpu.cases import (
+    ACTIVATIONS,
+    AGREEMENT,
+    DEMO,
+    OPTIMIZERS,
+    PRECISIONS,
+    SHAPES,
+    TINY,
+    agreement_spec,
+    halved,
+)
 from fastmono.block import Block
 from fastmono.engines import has_gpu
 from fastmono.engines.reference import ReferenceEngine
@@ -13,21 +24,20 @@ from fastmono.philox import FeatureSampler
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason="needs a CUDA GPU and Triton")]
 
-TINY = fm.ModelSpec(n_features=64, d_embed=16, n_neurons=128, feature_prob=1 / 16, batch_size=256, steps=2**20, lr=0.01)
-DEMO = fm.preset("demo")[4].replace(steps=2**20)
-WIDE = DEMO.replace(n_neurons=2048)  # streamed
-SHAPES = {
-    "tiny": TINY, "demo": DEMO, "wide": WIDE, "odd": TINY.replace(n_features=45, d_embed=7, n_neurons=51),
-    "tiny dead": TINY.replace(init_bias=-0.6), "wide dead": WIDE.replace(init_bias=-0.6),
-    "narrow": TINY.replace(n_neurons=48, batch_size=2**14),  # in bf16 one kernel for both passes
-    "wide waking": WIDE.replace(init_bias=-1.0, bias_decay=2.4, lr=0.01),  # no survey after some fifty steps
-}  # fmt: skip
+SWITCHES: dict[str, object] = {}
+"""Arguments of the engine that a group of tests is run again with, to find out which mends it."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def switches(request):
+    """Those of the command line, where the plugin benchmarks.gpu.outcomes is loaded."""
+    SWITCHES.update(request.config.getoption("switches", default={}))
 
 
 def trained(specs, steps, precision, cuts=None):
     from fastmono.engines.triton import TritonEngine
 
-    engine, block = TritonEngine(precision), Block.new(specs)
+    engine, block = TritonEngine(precision, **SWITCHES), Block.new(specs)
     losses = torch.cat([engine.advance(block, n) for n in cuts or [steps]], 1)
     engine.fetch(block)
     return block, losses
@@ -41,15 +51,10 @@ def same(one, i, other, j):
     assert torch.equal(one[1][i], other[1][j])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-@pytest.mark.parametrize(  # every task in both regimes; each further shape and task takes the compiler seconds
-    ("shape", "task"),
-    [(s, t) for s in ("tiny", "wide") for t in ("decoder", "reprojector", "abs")]
-    + [("demo", "decoder"), ("odd", "abs"), ("tiny dead", "decoder"), ("wide dead", "abs"), ("narrow", "decoder")],
-)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("shape", "task"), AGREEMENT)
 def test_kernels_are_no_further_from_float64_than_plain_pytorch_in_their_precision(shape, task, precision):
-    base = SHAPES[shape]
-    spec = base.replace(task=task, l1=0.01, init_bias=min(base.init_bias, -0.1), bias_decay=0.03)
+    spec = agreement_spec(shape, task)
     exact, plain = Block.new([spec], torch.float64), Block.new([spec])
     ReferenceEngine().advance(exact, 5)
     ReferenceEngine(precision).advance(plain, 5)
@@ -60,8 +65,8 @@ def test_kernels_are_no_further_from_float64_than_plain_pytorch_in_their_precisi
         assert error <= allowed, (name, float(error), float(allowed))
 
 
-@pytest.mark.parametrize("activation", ["gelu", "solu"])
-@pytest.mark.parametrize("optimizer", ["lamb", "adamw", "sgd"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_nonlinearity_and_optimizer_agrees_with_the_reference(activation, optimizer):
     spec = TINY.replace(activation=activation, optimizer=optimizer)
     exact, plain = Block.new([spec], torch.float64), Block.new([spec])
@@ -98,8 +103,7 @@ def test_a_model_alone_is_bitwise_the_same_in_a_grid_and_permuted(shape, precisi
     base = SHAPES[shape]
     if count * base.n_parameters > 4e8:
         pytest.skip("does not fit every GPU")
-    specs = [base.replace(lr=0.001 * (1 + i % 7), seed=i // 100, n_neurons=base.n_neurons // (1 + i % 2))
-             for i in range(count)]  # fmt: skip
+    specs = [halved(shape, i) for i in range(count)]
     whole, alone = trained(specs, 12, precision), trained([specs[1]], 12, precision)
     same(alone, 0, whole, 1)
     if count <= 200:

@@ -1,37 +1,160 @@
-"""The check of a CUDA machine, as far as it goes where there is none."""
+"""The check of a CUDA machine, as far as it goes where there is none: rehearsed, with faults of every kind planted."""
 
 import importlib.util
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import fastmono as fm
+from benchmarks.gpu import comparison, correctness, tuning
+from benchmarks.gpu.floors import traffic
+from benchmarks.gpu.jobs import Flight, Job
+from benchmarks.gpu.planted import FAULTS
+from benchmarks.gpu.report import page
 from fastmono.engines import has_gpu
 from fastmono.engines.launch import choose_launch
 
-PATH = Path(__file__).resolve().parent.parent / "scripts" / "gpu_check.py"
-specification = importlib.util.spec_from_file_location("gpu_check_script", PATH)
-script = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(script)
+ROOT = Path(__file__).resolve().parent.parent
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+
+def check(*arguments):
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_check.py"), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU")
-def test_without_a_gpu_the_exit_code_is_2(tmp_path, capsys):
-    assert script.main(["--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == "error: there is no CUDA GPU with Triton here\n"
+def test_without_a_gpu_or_with_a_wrong_assembler_the_exit_code_is_2(tmp_path):
+    done = check("--call", "1", "--out", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr == "error: there is no CUDA GPU with Triton here; --rehearse goes without one\n"
+    done = check("--call", "1", "--rehearse", "--out", str(tmp_path), "--ptxas", "/nowhere/ptxas")
+    assert done.returncode == 2 and done.stderr == "error: --ptxas /nowhere/ptxas: is no program that can be run\n"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_section_that_fails_or_is_cut_off_leaves_what_it_saved_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script, "has_gpu", lambda: True)
-    assert script.main(["--out", str(tmp_path), "--only", "device", "published", "--minutes", "1"]) == 1
-    report = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert list(report) == ["device", "published"] and "failed" in report["device"]
-    assert "published" in capsys.readouterr().out
-    (tmp_path / "device.json").write_text("{}")
-    assert "cut_off" in script.run_section("device", tmp_path, 0.01)
+def script(code):
+    return [sys.executable, "-c", code]
+
+
+def test_jobs_that_crash_hang_or_never_end_leave_the_results_of_the_others_and_their_own(tmp_path, capsys):
+    flight = Flight(tmp_path, 1, 60.0, False)
+    say = "import json, time, os, signal; print('@ ' + json.dumps({'said': 1}), flush=True); "
+    found = flight.run("part", [
+        Job("good", script(say + "time.sleep(0.3)"), 20.0),
+        Job("crash", script(say + "os.abort()"), 20.0),
+        Job("hang", script(say + "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"), 1.5),
+        Job("memory", script(say + "raise RuntimeError('CUDA error: out of memory')"), 20.0),
+        Job("bad", script(say + "print('reason'); raise SystemExit(3)"), 20.0),
+        Job("missing", ["/nowhere/program"], 20.0),
+    ], at_once=3)  # fmt: skip
+    flight.close()
+    assert {name: outcome.status for name, outcome in found.items()} == {
+        "good": "passed", "crash": "crashed (SIGABRT)", "hang": "cut off", "memory": "out of memory", "bad": "failed",
+        "missing": "failed",
+    }  # fmt: skip
+    assert all(outcome.lines == [{"said": 1}] for name, outcome in found.items() if name != "missing")
+    assert "reason" in found["bad"].tail
+    lines = [json.loads(line) for line in (tmp_path / "call1.jsonl").read_text().splitlines()]
+    assert sum("said" in line for line in lines) == 5 and sum("status" in line for line in lines) == 6
+    assert "s left  part: job good" in capsys.readouterr().out
+
+
+def test_what_time_does_not_allow_is_said_to_be_not_begun(tmp_path):
+    flight = Flight(tmp_path, 1, 2.0, False)
+    jobs = [Job("long", script("import time; time.sleep(60)"), 50.0), Job("next", script(""), 50.0)]
+    found = flight.run("part", jobs, at_once=1, reserve=1.0)
+    flight.close()
+    assert found["long"].status == "cut off by the end of the call" and found["next"].status == "not begun"
+    assert "next" in page(1, flight.records, 2.0, False)
+
+
+def test_every_test_of_the_gpu_is_in_one_group():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu and not slow", "tests/test_gpu.py"]
+    collected = re.findall(
+        r"^tests/\S+::.+$", subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout, re.M
+    )
+    assert len(collected) > 100
+    for test in collected:
+        assert sum(bool(re.search(pattern, test)) for pattern in correctness.GROUPS.values()) == 1, test
+    for name, pattern in correctness.GROUPS.items():
+        assert any(re.search(pattern, test) for test in collected), name
+
+
+@needs_triton
+def test_all_kernels_that_a_call_needs_are_shared_out_once():
+    from benchmarks.gpu.cases import to_compile
+    from benchmarks.gpu.compiling import launches, share
+
+    cases = to_compile(1)
+    every = launches([cases[0], cases[1], cases[-1]], 90)
+    assert {launched.name for launched in every} > {"project", "survey", "forward", "backward", "apply", "resident"}
+    keys = [launched.key() for worker in range(5) for launched in share(every, worker, 5)]
+    assert sorted(keys) == sorted({launched.key() for launched in every})
+
+
+@needs_triton
+@pytest.mark.parametrize("alternatives", [tuning.PUBLISHED, tuning.SMALL])
+def test_every_alternative_is_one_that_the_engine_takes_and_says_what_is_expected(alternatives):
+    from fastmono.engines.switches import Switches
+
+    for other in alternatives.values():
+        assert other.expected and other.arguments()
+        Switches.of(**{"regime": "auto", "bulk": True, "graphs": True, "launch": None, **other.arguments()})
+
+
+def rehearsed(call, folder, seconds):
+    """The page and the lines of a rehearsal, which ends well if those parts failed that were planted, and no other."""
+    done = check("--call", str(call), "--rehearse", "--out", str(folder), "--seconds", str(seconds))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    lines = [json.loads(line) for line in (folder / f"call{call}.jsonl").read_text().splitlines()]
+    assert {path.name for path in folder.iterdir()} == {f"call{call}.{kind}" for kind in ("jsonl", "log", "md")}
+    return (folder / f"call{call}.md").read_text(), lines
+
+
+@needs_triton
+@pytest.mark.slow
+def test_call_1_is_rehearsed_and_every_planted_fault_has_its_line(tmp_path):
+    text, _ = rehearsed(1, tmp_path, 240)
+    for line in (
+        "| right | passed | 1 of 1 |", "| wrong | failed | 0 of 1 | wrong result |", "| crash | crashed (SIGABRT) |",
+        "| kill | crashed (SIGKILL) |", "| hang | cut off |", "| memory | out of memory | 0 of 1 | out of memory |",
+        "| wrong | nothing changed: failed; **copy engine off: mended** |",
+        "| test_wrong | wrong result | assert False",
+    ):  # fmt: skip
+        assert line in text, line
+    assert "| step 4, bias 0 | 4 |" in text and "Measured rates: fp32_TFLOPs" in text
+
+
+@needs_triton
+@pytest.mark.slow
+def test_call_2_is_rehearsed_and_the_others_take_their_turns_beside_planted_faults(tmp_path):
+    text, lines = rehearsed(2, tmp_path, 240)
+    for line in (
+        "| crash | crashed (SIGABRT) |", "| kill | crashed (SIGKILL) |", "| hang | cut off |",
+        "| memory | failed: OutOfMemoryError", "| wrong | wrong result: gate failed",
+        "| published fp32 | ours | passed |", "| grid.py | passed |",
+    ):  # fmt: skip
+        assert line in text, line
+    found = comparison.medians(lines)
+    assert set(found["published fp32", "grid"]) == set(found["published fp32", "grid, step 16"]) == {"ours", "bmm"}
+    for state in ("2 models", "4 models"):
+        assert set(found["tiny fp32", state]) == {"ours resident", "ours streamed", "bmm"}
+
+
+@needs_triton
+@pytest.mark.slow
+def test_call_3_is_rehearsed_and_an_alternative_that_trains_something_else_is_out(tmp_path):
+    text, lines = rehearsed(3, tmp_path, 240)
+    assert "| wrong | wrong result: off by" in text and "| few | passed |" in text
+    assert all(f"| {fault} |" in text for fault in FAULTS)
+    expected = tuning.PUBLISHED["update by 32 rows"].expected
+    assert re.search(rf"\| update by 32 rows \| [\d.]+ \| [\d.]+ \| {expected} \|", text)
+    assert set(comparison.medians(lines)["published", "grid"]) == {"today", "update by 32 rows", "copy engine off"}
 
 
 def test_floors_of_the_papers_shape():
@@ -39,7 +162,7 @@ def test_floors_of_the_papers_shape():
     spec = fm.ModelSpec()
     launch = choose_launch(90, 512, 64, 1024, 512, 8192, "bf16")
     specs = [spec, spec.replace(lr=0.01)]
-    found = script.traffic(specs, launch, 2, [1024, 1024], [False, False])
+    found = traffic(specs, launch, 2, [1024, 1024], [False, False])
     assert found["survey_kernel"] == found["gather_kernel"] == (0, 0)
     forward, backward = found["forward_kernel"], found["backward_kernel"]
     assert forward[1] == 2 * 2 * 8192 * 1024 * 576 and forward[1] + backward[1] == 2 * spec.flops_per_step
@@ -50,12 +173,12 @@ def test_floors_of_the_papers_shape():
     assert backward[0] == x + 2 * (2 * (8192 * (512 + 1024) + 1024 * 576) + 4 * parts)
     assert found["moments_kernel"][0] == 2 * 4 * (parts + 5 * 1024 * 577)
     # A quarter of the second model's neurons found by a survey: z of all of its neurons, and the rest of a quarter.
-    sparse = script.traffic(specs, launch, 2, [1024, 256], [False, True])
+    sparse = traffic(specs, launch, 2, [1024, 256], [False, True])
     assert sparse["survey_kernel"] == (x + 4 * 1024 * 65, 2 * 8192 * 1024 * 64)
     assert sparse["gather_kernel"] == (256 * (6 * 576 + 8), 0)
     for name in ("forward_kernel", "backward_kernel"):
         assert sparse[name][1] == found[name][1] * 5 / 8
     assert sparse["moments_kernel"][0] == found["moments_kernel"][0] - 4 * parts * 3 / 4
     assert sparse["apply_kernel"] == found["apply_kernel"]
-    dead = script.traffic(specs, launch, 2, [1024, 0], [False, True])
+    dead = traffic(specs, launch, 2, [1024, 0], [False, True])
     assert dead["backward_kernel"][0] - x == (backward[0] - x) / 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,14 +21,15 @@ def dense_cpu_engine() -> Engine:
 
 
 class Ours(Contestant):
-    """The engine of that name and precision."""
+    """The engine of that name and precision, the Triton engine with switches (fastmono/engines/switches.py)."""
 
     ours = True
 
-    def __init__(self, name: str, precision: str, device: torch.device) -> None:
+    def __init__(self, name: str, precision: str, device: torch.device, switches: dict[str, Any] | None = None) -> None:
         self.precision = precision
         try:
-            self.engine = dense_cpu_engine() if name == "cpu-dense" else engine_class(name)(precision)
+            # Only the Triton engine has switches, and others are given none.
+            self.engine = dense_cpu_engine() if name == "cpu-dense" else engine_class(name)(precision, **switches or {})
         except ValueError as error:
             raise Unavailable(str(error)) from None
         self.block: Block | None = None

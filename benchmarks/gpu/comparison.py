@@ -1,0 +1,237 @@
+"""Call 2: fastmono beside its peers on one card: the same models, states and precision, in turns.
+
+device, rates    what the machine is and can do
+prepare          every contestant starts and compiles, all at once, each in a process of its own
+gate             each trains a few models as the reference does, or it is not timed
+published        the paper's grid, precision by precision: from its beginning, and from a state at 2,000 steps
+tiny             1, 132 and 1,024 models of N 64: both regimes beside the peers
+main job         `python scripts/grid.py` as a whole
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.jobs import ROOT, Flight, Job, python
+from benchmarks.gpu.partners import Gone, Player, save
+from benchmarks.gpu.planted import FAULTS, PLANTED
+from benchmarks.measure import most_telling
+from benchmarks.state import State
+from benchmarks.suites import EIGHT_LEARNING_RATES, SMOKE, TINY, pair
+from fastmono.presets import PUBLISHED_LEARNING_RATES, preset
+from fastmono.spec import ModelSpec
+
+LATER = 2000
+"""Step of the second state of the paper's grid, where models that were dead have begun to learn."""
+ROUNDS, TURN_SECONDS, LEAST_STEPS, MOST_STEPS = 3, 0.3, 4, 2048
+"""Turns of each contestant from each state, about how long they are, and of how many steps at least and at most."""
+PREPARE_SECONDS, GATE_SECONDS, TURN_LIMIT, MAIN_JOB_SECONDS, RESERVE = 80.0, 30.0, 15.0, 45.0, 3.0
+"""Limits: until all have compiled, since the beginning; of a match's gate, a turn, the main job; for the page."""
+GATE_STREAMS, GATE_STEPS = 4, 16
+
+
+Entrant = tuple[str, str, dict[str, Any]]
+"""A label, the name of a contestant, and the switches of our engine."""
+
+
+@dataclass
+class Match:
+    """Contestants that take turns from the same states.
+
+    Attributes:
+        contestants: label, name, and switches of each.
+        grids: by name, the models of one stream, and how many streams.
+        gated: the grid that the gate is run on.
+        later: steps that our own engine trains before the second state; 0 for none.
+    """
+
+    name: str
+    contestants: list[Entrant]
+    grids: dict[str, tuple[tuple[ModelSpec, ...], int]]
+    gated: str
+    later: int = 0
+    players: list[Player] = field(default_factory=list)
+    states: dict[str, tuple[Path, int]] = field(default_factory=dict)
+
+
+def rehearsed_grid() -> tuple[ModelSpec, ...]:
+    """Two models whose steps take Triton's interpreter little time."""
+    return pair(SMOKE.replace(n_features=12, d_embed=4, n_neurons=16, batch_size=32), (0.03,))
+
+
+def matches(rehearse: bool) -> tuple[list[Match], str]:
+    """What is compared, in the order of its importance, and the device."""
+    if rehearse:
+        grid = rehearsed_grid()
+        planted: list[Entrant] = [(fault, f"{PLANTED}{fault}", {}) for fault in FAULTS]
+        regimes = [(f"ours {r}", "triton-fp32", {"regime": r}) for r in ("resident", "streamed")]
+        return [
+            Match("published fp32", [("ours", "triton-fp32", {}), ("bmm", "bmm", {}), *planted],
+                  {"grid": (grid, 1)}, "grid", 16),
+            Match("tiny fp32", [*regimes, ("bmm", "bmm", {})], {"2 models": (grid, 1), "4 models": (grid, 2)},
+                  "2 models"),
+        ], "cpu"  # fmt: skip
+    suffix = {"bf16": "-bf16", "tf32": "-tf32", "fp32": ""}
+    published = tuple(preset("published"))
+
+    def peers(precision: str) -> list[Entrant]:
+        found: list[Entrant] = [(name, f"{name}{suffix[precision]}", {}) for name in ("bmm", "compiled", "vmap", "jax")]
+        # The published code knows one precision; its rate stands beside all.
+        return [*found, ("published loop", "published", {})]
+
+    def whole(precision: str) -> Match:
+        ours: Entrant = ("ours", f"triton-{precision}", {})
+        return Match(f"published {precision}", [ours, *peers(precision)], {"grid": (published, 1)}, "grid", LATER)
+
+    twelve, sixteen = pair(TINY, PUBLISHED_LEARNING_RATES), pair(TINY, EIGHT_LEARNING_RATES)
+    tiny = {"1024 models": (sixteen, 64), "132 models": (twelve, 11), "1 model": (twelve[2:3], 1)}
+    regimes = [(f"ours {regime}", "triton-bf16", {"regime": regime}) for regime in ("resident", "streamed")]
+    small = Match("tiny bf16", [*regimes, *peers("bf16")], tiny, "132 models")
+    return [whole("bf16"), small, whole("tf32"), whole("fp32")], "cuda"
+
+
+def told(flight: Flight, match: Match, part: str, limit: float, **command: Any) -> None:
+    """Give a command to all that are left, let them do it at the same time, and record what came of it."""
+    for player in match.players:
+        player.tell(**command)
+    ends = flight.left - limit
+    for player in match.players:
+        with contextlib.suppress(Gone):
+            flight.record(part, match=match.name, partner=player.label, **player.hear(flight.left - ends))
+
+
+def write_states(match: Match, folder: Path) -> None:
+    """The states that turns begin from, and that of the gate."""
+    for name, (grid, streams) in match.grids.items():
+        path = folder / f"{match.name} {name}.state".replace(" ", "-")
+        save(State.initial(grid), path)
+        match.states[name] = path, streams
+    grid = match.grids[match.gated][0]
+    telling = State.initial([grid[i] for i in most_telling(grid, 2)])
+    save(telling, folder / f"{match.name}.gate".replace(" ", "-"))
+
+
+def prepare(flight: Flight, match: Match, device: str) -> None:
+    """Start all, and have each compile for every grid."""
+    match.players = [Player(flight, label, name, device, switches) for label, name, switches in match.contestants]
+    for player in match.players:
+        for path, streams in match.states.values():
+            player.tell(do="load", state=str(path), streams=streams)
+            player.tell(do="turn", steps=2)
+
+
+def prepared(flight: Flight, match: Match) -> None:
+    """Wait until all are ready, no longer than the time for that since the call began."""
+    ends = flight.seconds - (40.0 if flight.rehearse else PREPARE_SECONDS)
+    for player in match.players:
+        with contextlib.suppress(Gone):
+            player.hear(max(1.0, flight.left - ends))
+            flight.record("prepared", match=match.name, partner=player.label)
+
+
+def gate(flight: Flight, match: Match, reference: Player, folder: Path) -> None:
+    """Whoever does not train as the reference does is out."""
+    start = str(folder / f"{match.name}.gate".replace(" ", "-"))
+    runs = start + "-runs"
+    how = {"start": start, "streams": GATE_STREAMS, "steps": 4 if flight.rehearse else GATE_STEPS}
+    ends = flight.left - GATE_SECONDS
+    try:
+        reference.ask(GATE_SECONDS, do="reference", save=runs, **how)
+    except Gone as error:
+        flight.record("gate", match=match.name, status=f"no reference: {error}")
+        return
+    for player in match.players:
+        player.tell(do="gate", reference=runs, **how)
+    for player in match.players:
+        with contextlib.suppress(Gone):
+            found = player.hear(flight.left - ends)
+            flight.record("gate", match=match.name, partner=player.label, **found)
+            if not found["passed"]:
+                player.leave(f"wrong result: gate failed, {found['where']}")
+
+
+def later_state(flight: Flight, match: Match, folder: Path) -> None:
+    """A second state, trained by our engine, or by the next that can."""
+    path = folder / f"{match.name} later.state".replace(" ", "-")
+    for player in match.players:
+        with contextlib.suppress(Gone):
+            player.ask(TURN_LIMIT, do="load", state=str(match.states[match.gated][0]))
+            found = player.ask(TURN_LIMIT, do="train", steps=match.later, save=str(path))
+            flight.record("state", match=match.name, partner=player.label, **found)
+            match.states[f"{match.gated}, step {match.later}"] = path, 1
+            return
+
+
+def rounds(flight: Flight, match: Match, seconds: float, profile: bool = False) -> None:
+    """Turns: every contestant from every state, round after round, until all are done or the time is over."""
+    ends = flight.left - seconds
+    for name, (path, streams) in match.states.items():
+        steps: dict[str, int] = {}
+        told(flight, match, "load", TURN_LIMIT, do="load", state=str(path), streams=streams)
+        for number in range(2 if flight.rehearse else ROUNDS + 1):  # the first finds out how many steps a turn has
+            for player in match.players:
+                if flight.left <= max(ends, RESERVE):
+                    return
+                with contextlib.suppress(Gone):
+                    turn = player.ask(TURN_LIMIT, do="turn", steps=steps.get(player.label, LEAST_STEPS))
+                    if number == 0:
+                        wanted = int(TURN_SECONDS / max(turn["seconds"], 1e-6) * LEAST_STEPS)
+                        whole = wanted // 32 * 32 or wanted  # of which our engine replays graphs
+                        steps[player.label] = max(LEAST_STEPS, min(MOST_STEPS, whole))
+                    else:
+                        ms = 1e3 * turn["seconds"] / turn["steps"] / turn["models"]
+                        flight.record("turn", match=match.name, state=name, partner=player.label, round=number,
+                                      ms_a_model_step=round(ms, 6), **turn)  # fmt: skip
+        if profile:
+            told(flight, match, "profile", TURN_LIMIT, do="profile")
+
+
+def medians(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
+    """Milliseconds a model-step by match and state, then by contestant: the median of its turns."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for line in records:
+        if line["part"] == "turn":
+            own = found.setdefault((line["match"], line["state"]), {})
+            own.setdefault(line["partner"], []).append(line["ms_a_model_step"])
+    return {key: {name: statistics.median(ms) for name, ms in own.items()} for key, own in found.items()}
+
+
+def main_job(flight: Flight, folder: Path) -> Job:
+    """The main job as a user runs it."""
+    steps, more = ("8", ["--engine", "reference"]) if flight.rehearse else ("4096", [])
+    command = [sys.executable, str(ROOT / "scripts" / "grid.py"), "--steps", steps, "--out", str(folder / "run"), *more]
+    return Job("grid.py", command, MAIN_JOB_SECONDS, {"TRITON_INTERPRET": "0"} if flight.rehearse else {})
+
+
+def fly(flight: Flight) -> None:
+    """The whole call."""
+    folder = Path(flight.folder.name)
+    chosen, device = matches(flight.rehearse)
+    small = ["--small"] if flight.rehearse else []
+    flight.run("device", [Job("device", python("benchmarks.gpu.device"), 20.0)])
+    reference = Player(flight, "reference", "reference-fp32", "cpu", {})
+    for match in chosen:
+        write_states(match, folder)
+        prepare(flight, match, device)
+    for match in chosen:
+        prepared(flight, match)
+        gate(flight, match, reference, folder)
+        if match.later:
+            later_state(flight, match, folder)
+    reference.leave("over")
+    flight.run("rates", [Job("rates", python("benchmarks.gpu.device", "--rates", *small), 20.0)])
+    shares = {match.name: share for match, share in zip(chosen, (0.3, 0.3, 0.2, 0.2), strict=False)}
+    spare = flight.left - MAIN_JOB_SECONDS - RESERVE
+    for match in chosen:
+        rounds(flight, match, shares[match.name] * spare)
+        for player in match.players:
+            player.leave("over")
+    flight.run("main job", [main_job(flight, folder)], reserve=RESERVE)
+    flight.record("end", load=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0)

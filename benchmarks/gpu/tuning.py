@@ -1,0 +1,153 @@
+"""Call 3: other launch settings in turns with today's, and what the profiler says of the kernels.
+
+ncu          forward and backward, two launches each: stalls, matrix units, cache
+alternatives each in a process of its own, all compiling at once; then turns, and each kernel's time
+racecheck    the resident kernel, two steps
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.comparison import (
+    RESERVE,
+    TURN_LIMIT,
+    Entrant,
+    Match,
+    prepare,
+    prepared,
+    rehearsed_grid,
+    rounds,
+    write_states,
+)
+from benchmarks.gpu.jobs import Flight, Job, python
+from benchmarks.gpu.partners import Gone, read
+from benchmarks.gpu.planted import FAULTS, PLANTED
+from benchmarks.suites import EIGHT_LEARNING_RATES, TINY, pair
+from fastmono.presets import preset
+
+NCU_SECONDS, RACE_SECONDS = 40.0, 40.0
+SECTIONS = ("SpeedOfLight", "WarpStateStats", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "SchedulerStats",
+            "Occupancy", "LaunchStats")  # fmt: skip
+STEPS, CLOSE = 8, 0.1
+"""Steps after which an alternative's parameters are compared with those of today's settings, and how far they may be
+apart, in units of the way gone. Sums in another order differ by rounding; LAMB makes of a gradient that rounds to
+another side of 0 a whole step."""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Other settings, by the names of `Launch`, and what they are expected to change, with the reason."""
+
+    launch: dict[str, int] = field(default_factory=dict)
+    expected: str = ""
+    switches: dict[str, Any] = field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        """As the engine takes them."""
+        return {**self.switches, **({"launch": self.launch} if self.launch else {})}
+
+
+PUBLISHED = {
+    "stages 2": Alternative({"num_stages": 2}, "a chunk less in flight: slower where the cache is far"),
+    "copy engine off": Alternative(expected="slower: addresses take registers, and spill", switches={"bulk": False}),
+    "graphs off": Alternative(expected="nine launches a step from the host: 40 us more", switches={"graphs": False}),
+    "update by 32 rows": Alternative({"BA": 32}, "half as many programs, twice the numbers in flight each"),
+    "rows 8192": Alternative({"rows": 8192}, "half the partial gradients, half the programs of backward"),
+    "rows 2048": Alternative({"rows": 2048}, "twice the partial gradients; fuller last wave"),
+}  # fmt: skip
+"""Of the paper's grid, in bf16."""
+SMALL = {
+    "4 warps": Alternative({"num_warps": 4}, "two programs a multiprocessor where registers allow"),
+    "streamed": Alternative(expected="by count about as fast at 1,024 models", switches={"regime": "streamed"}),
+}
+"""Of 1,024 tiny models, in bf16."""
+
+
+def matches(rehearse: bool) -> tuple[list[Match], str]:
+    """Today's settings beside the alternatives, and the device."""
+
+    def beside(name: str, alternatives: dict[str, Alternative]) -> list[Entrant]:
+        return [("today", name, {})] + [(label, name, other.arguments()) for label, other in alternatives.items()]
+
+    if rehearse:
+        some = {name: PUBLISHED[name] for name in ("update by 32 rows", "copy engine off")}
+        planted: list[Entrant] = [(fault, f"{PLANTED}{fault}", {}) for fault in FAULTS]
+        grid = {"grid": (rehearsed_grid(), 1)}
+        return [Match("published", [*beside("triton-fp32", some), *planted], grid, "grid")], "cpu"
+    grids = {"grid": (tuple(spec for spec in preset("published") if spec.init_bias == 0.0), 1)}
+    tiny = {"1024 models": (pair(TINY, EIGHT_LEARNING_RATES), 64)}
+    return [
+        Match("published", beside("triton-bf16", PUBLISHED), grids, "grid"),
+        Match("tiny", beside("triton-bf16", SMALL), tiny, "1024 models"),
+    ], "cuda"
+
+
+def agree(flight: Flight, match: Match, folder: Path) -> None:
+    """Whoever does not go where today's settings go, in a few steps on the same batches, is out."""
+    start, truth = read(str(match.states[match.gated][0]))[0], None
+    for player in match.players:
+        with contextlib.suppress(Gone):
+            path = folder / "agreement.state"
+            player.ask(TURN_LIMIT, do="load", state=str(match.states[match.gated][0]))
+            player.ask(TURN_LIMIT, do="train", steps=STEPS, save=str(path))
+            reached = read(str(path))[0]
+            truth = reached if truth is None else truth
+            off = max(
+                float(
+                    (reached.parameters[name] - truth.parameters[name]).norm() / (truth.parameters[name] - old).norm()
+                )
+                for name, old in start.parameters.items()
+            )
+            flight.record("agreement", match=match.name, partner=player.label, off_by=round(off, 5))
+            if not off <= CLOSE:
+                player.leave(f"wrong result: off by {off:.3g} of the way that today's settings go")
+
+
+def profiler(out: Path) -> list[Job]:
+    """Nsight Compute on forward and backward, two launches each, after the first steps; a table for every launch."""
+    ncu = [
+        "ncu", "--clock-control", "none", "--kernel-name", "regex:forward_kernel|backward_kernel",
+        "--launch-skip", "8", "--launch-count", "4", "--csv", "--page", "details",
+        "--log-file", str(out / "call3_ncu.csv"),
+    ]  # fmt: skip
+    for section in SECTIONS:
+        ncu += ["--section", section]
+    return [
+        Job("ncu", [*ncu, *python("benchmarks.gpu.few", "published", "--steps", "8", "--models", "6")], NCU_SECONDS)
+    ]
+
+
+def race() -> list[Job]:
+    """compute-sanitizer's racecheck on a resident model."""
+    tool = ["compute-sanitizer", "--tool", "racecheck", "--racecheck-report", "all"]
+    switches = ["--switches", json.dumps({"regime": "resident"})]
+    return [Job("racecheck", [*tool, *python("benchmarks.gpu.few", "tiny", "--steps", "2", *switches)], RACE_SECONDS)]
+
+
+def fly(flight: Flight) -> None:
+    """The whole call."""
+    folder, small = Path(flight.folder.name), ["--small"] if flight.rehearse else []
+    chosen, device = matches(flight.rehearse)
+    flight.run("device", [Job("device", python("benchmarks.gpu.device"), 20.0)])
+    for match in chosen:
+        write_states(match, folder)
+        prepare(flight, match, device)
+    for match in chosen:
+        prepared(flight, match)
+        agree(flight, match, folder)
+    flight.run("rates", [Job("rates", python("benchmarks.gpu.device", "--rates", *small), 20.0)])
+    spare = flight.left - RESERVE - (0.0 if flight.rehearse else NCU_SECONDS + RACE_SECONDS)
+    for match in chosen:
+        rounds(flight, match, spare / len(chosen), profile=not flight.rehearse)
+        for player in match.players:
+            player.leave("over")
+    if flight.rehearse:
+        flight.run("few", [Job("few", python("benchmarks.gpu.few", "tiny", "--steps", "1"), 60.0)])
+    else:
+        flight.run("ncu", profiler(flight.out), reserve=RESERVE)
+        flight.run("racecheck", race(), reserve=RESERVE)
