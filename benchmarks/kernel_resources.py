@@ -2,11 +2,13 @@
 
     python -m benchmarks.kernel_resources                    all variants, into benchmarks/results/kernel_resources.csv
     python -m benchmarks.kernel_resources --check            some of them again, compared with that file
+    ... --triton 3.6.0                                       by another Triton, which is installed beside for it
 
-One row for each kernel, variant and architecture: registers, bytes of stack (spills), shared memory, the instruction
-expected to multiply, how often each such instruction occurs, how many loads take 16 bytes, how many the copy engine
-makes, and the barriers between the phases of the resident kernel. No GPU is needed; not for a process in interpreter
-mode.
+One row for each kernel, variant, architecture and Triton (the newest, and 3.6.0, which PyTorch 2.11 brings): registers,
+bytes of stack (spills), shared memory, the instruction expected to multiply, how often each such instruction occurs,
+how many loads take 16 bytes, how many the copy engine makes, the barriers between the phases of the resident kernel,
+and on sm_90 what machine_code.py finds in kernels with asynchronous products. No GPU is needed; not for a process in
+interpreter mode.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +31,8 @@ from fastmono.kernels import backward, forward, narrow, project, resident, surve
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import machine_code
+from benchmarks.other_triton import run_with
 from benchmarks.tables import RESULTS, write_csv
 from fastmono.engines.launch import Launch, choose_launch
 
@@ -48,10 +53,14 @@ PRECISIONS = ("bf16", "tf32", "fp32")
 OPERAND = {"bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}
 KEY = ("kernel", "shape", "precision", "task", "activation", "optimizer", "decay", "linear", "architecture")
 UNITS = ("HGMMA", "HMMA", "tcgen05")
+FOUND = tuple(machine_code.Findings.__dataclass_fields__)
 COLUMNS = (
     *KEY, "num_warps", "registers", "stack", "shared", "expected", *UNITS, "FFMA", "LDG128", "UTMALDG", "barriers",
-    "triton",
+    *FOUND, "triton",
 )  # fmt: skip
+TEXTS = ("serialised", "triton")
+KEPT = ("3.6.0",)
+"""Tritons whose rows stay in the file beside those of the newest."""
 INT64 = {"p_models", "p_diverged", "p_step", "p_seeds", "p_last"}
 
 
@@ -238,6 +247,10 @@ def resources(variant: Variant, architecture: int) -> dict[str, Any]:
     def count(pattern: str) -> int:
         return len(re.findall(pattern, code))
 
+    found_in_code = machine_code.Findings()
+    if architecture // 10 == 9:
+        ptxas = machine_code.assembler(architecture)
+        found_in_code = machine_code.inspect(compiled, code, compiled.metadata.num_warps, ptxas)
     return {
         "kernel": variant.kernel, "shape": variant.shape, "precision": variant.precision, "task": variant.task,
         "activation": variant.activation, "optimizer": variant.optimizer,
@@ -247,7 +260,8 @@ def resources(variant: Variant, architecture: int) -> dict[str, Any]:
         "HGMMA": count(r"\bHGMMA\b"), "HMMA": count(r"\bHMMA\."), "tcgen05": count(r"\bUTC[A-Z]*MMA"),
         "FFMA": count(r"\bFFMA\b"), "LDG128": count(r"\bLDG(?:STS)?\.[A-Z.]*128"),
         "UTMALDG": count(r"\bUTMALDG\b"),
-        "barriers": phase_barriers(code) if variant.kernel == "resident" else 0, "triton": triton.__version__,
+        "barriers": phase_barriers(code) if variant.kernel == "resident" else 0, **vars(found_in_code),
+        "triton": triton.__version__,
     }  # fmt: skip
 
 
@@ -281,42 +295,68 @@ def differences(row: dict[str, Any], table: list[dict[str, str]]) -> list[str]:
         found.append(f"{name}: has {row['barriers']} barriers for {phases} phases")
     if row["shared"] > LARGEST_SHARED[row["architecture"]]:
         found.append(f"{name}: takes {row['shared']} bytes of shared memory")
-    kept = [old for old in table if all(old[column] == str(row[column]) for column in KEY)]
-    if not kept:
+    found += [f"{name}: {said}" for said in machine_code.faults(findings_of(row))]
+    every = [old for old in table if all(old[column] == str(row[column]) for column in KEY)]
+    kept = [old for old in every if old["triton"] == row["triton"]]
+    if not every:
         found.append(f"{name}: is not in the table")
-    elif kept[0]["triton"] == row["triton"] and any(kept[0][column] != str(row[column]) for column in COLUMNS):
+    elif kept and any(kept[0][column] != str(row[column]) for column in COLUMNS):
         rest = COLUMNS[len(KEY) :]
         found.append(f"{name}: was {[kept[0][column] for column in rest]}, is {[str(row[column]) for column in rest]}")
     return found
 
 
+def findings_of(row: dict[str, Any]) -> machine_code.Findings:
+    """The part of a row that machine_code.py found."""
+    return machine_code.Findings(**{name: row[name] for name in FOUND})
+
+
 def check(table_path: Path) -> int:
     """Compile a subset and compare it with the table, and the whole table with what is asked of every variant."""
-    with table_path.open(newline="") as file:
-        table = list(csv.DictReader(file))
+    table = read(table_path)
     subset = checked()
     found = [text for row in rows_of(subset) for text in differences(row, table)]
     for row in table:
-        numbers = {column: int(text) if text.isdecimal() else text for column, text in row.items()}
+        numbers = {name: int(text) if text.isdecimal() and name not in TEXTS else text for name, text in row.items()}
         found += differences(numbers, [])[:-1]  # the last says that it is in no table
     print(f"{len(subset) * len(ARCHITECTURES)} variants compiled with Triton {triton.__version__}")
     print("\n".join(found))
     return 1 if found else 0
 
 
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a table; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Write the table, or check it."""
+    """Write the table, or check it. Exit codes: 0, 1 for what is wrong, 2 for a Triton that cannot be installed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=TABLE)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--triton", metavar="VERSION", help="by another Triton than the one that is installed")
     arguments = parser.parse_args(argv)
+    if arguments.triton and arguments.triton != triton.__version__:
+        own = ["-m", "benchmarks.kernel_resources", "--out", str(arguments.out), *["--check"] * arguments.check]
+        try:
+            return run_with(arguments.triton, own)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     if arguments.check:
         return check(arguments.out)
-    rows = []
-    for row in rows_of(variants()):
+    chosen, rows, started = list(variants()), [], time.monotonic()
+    total = len(chosen) * len(ARCHITECTURES)
+    for row in rows_of(chosen):
         rows.append(row)
-        print("  ".join(str(row[name]).rjust(9) for name in COLUMNS[:-1]), flush=True)
-    write_csv(arguments.out, COLUMNS, rows)
+        left = (time.monotonic() - started) / len(rows) * (total - len(rows))
+        what = " ".join(str(row[name]) for name in (*KEY, "registers", "stack", "shared"))
+        print(f"{len(rows)} of {total}, {left:.0f} s left  {what}", file=sys.stderr, flush=True)
+    others = [old for old in read(arguments.out) if old["triton"] in KEPT and old["triton"] != triton.__version__]
+    write_csv(arguments.out, COLUMNS, sorted([*rows, *others], key=lambda row: str(row["triton"])))
     return 0
 
 

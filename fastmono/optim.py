@@ -21,7 +21,7 @@ step, and above twice that b grows until the model diverges.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -41,17 +41,31 @@ def finite_or_inf(x: float) -> float:
     return math.copysign(math.inf, x) if abs(x) > LARGEST_FLOAT32 else x
 
 
+def twice_the_schedule(schedule: str, steps: int, first: int, count: int) -> np.ndarray:
+    """What half the base rate is multiplied with in updates `first` to `first + count`: float64 [count], 0 to 2."""
+    t = np.arange(first, first + count)
+    if schedule == "constant":
+        return np.full(count, 2.0)
+    if schedule == "cosine":
+        return np.asarray(1 + np.cos(np.pi * (t / steps)))
+    phase = t % (2 * PUBLISHED_HALF_PERIOD) / PUBLISHED_HALF_PERIOD  # whole periods first: exact for any t
+    return np.asarray(1 + np.cos(np.pi * phase))
+
+
+def learning_rate_table(specs: Sequence[ModelSpec], first: int, count: int) -> np.ndarray:
+    """The learning rates of updates `first` to `first + count` of each model, float32 [A, count]: made in float64."""
+    schedules = [(spec.schedule, spec.steps if spec.schedule == "cosine" else 0) for spec in specs]
+    halves = 0.5 * np.array([spec.lr for spec in specs])
+    table = np.empty((len(specs), count), np.float32)
+    for schedule in set(schedules):
+        own = np.array([other == schedule for other in schedules])
+        table[own] = halves[own, None] * twice_the_schedule(*schedule, first, count)
+    return table
+
+
 def learning_rates(spec: ModelSpec, first: int, count: int) -> list[float]:
     """The learning rates of updates `first` to `first + count`: made in float64, rounded to float32."""
-    t = np.arange(first, first + count)
-    if spec.schedule == "constant":
-        rates = np.full(count, spec.lr)
-    elif spec.schedule == "cosine":
-        rates = spec.lr * 0.5 * (1 + np.cos(np.pi * (t / spec.steps)))
-    else:
-        phase = t % (2 * PUBLISHED_HALF_PERIOD) / PUBLISHED_HALF_PERIOD  # whole periods first: exact for any t
-        rates = spec.lr * 0.5 * (1 + np.cos(np.pi * phase))
-    result: list[float] = rates.astype(np.float32).tolist()
+    result: list[float] = learning_rate_table([spec], first, count)[0].tolist()
     return result
 
 

@@ -16,6 +16,7 @@ from fastmono.optim import (
     bias_factor,
     decay_strength,
     lamb_,
+    learning_rate_table,
     learning_rates,
     relative_change,
     sgd_,
@@ -191,6 +192,25 @@ def test_learning_rates_are_float32_and_the_same_however_they_are_cut(schedule: 
     assert [rate for t in range(1111) for rate in learning_rates(spec, t, 1)] == whole
     assert learning_rates(spec, 0, 5) + learning_rates(spec, 5, 600) + learning_rates(spec, 605, 506) == whole
     assert learning_rates(spec, 3, 0) == []
+
+
+def test_a_table_of_many_models_holds_the_float64_schedule_of_each_rounded_once() -> None:
+    """Against the formulas of the recipe, one number after another."""
+    specs = [
+        ModelSpec(lr=lr, schedule=schedule, steps=steps)
+        for schedule in ("published", "cosine", "constant")
+        for lr in (1e-3, 0.0123, 0.7)
+        for steps in (300, 4096)
+    ]
+    for first in (0, 1023, 2**33 + 5):
+        table = learning_rate_table(specs, first, 100)
+        assert table.dtype == np.float32
+        for spec, row in zip(specs, table, strict=True):
+            period = {"published": 512, "cosine": spec.steps, "constant": math.inf}[spec.schedule]
+            for t, rate in enumerate(row, first):
+                phase = t % 1024 if spec.schedule == "published" else t
+                exact = spec.lr * (1 + math.cos(math.pi * (phase / period))) / 2
+                assert abs(rate - exact) <= 2.0**-24 * exact + 1e-12 * spec.lr, (spec.schedule, t)
 
 
 def test_published_schedule_keeps_its_period_after_two_to_the_forty_steps() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from fastmono.engines.launch import (
 from fastmono.engines.switches import Switches
 from fastmono.engines.triton_launch import STEPS_A_CALL, launch_resident, launch_step
 from fastmono.frequencies import presence_probabilities, scales, thresholds
-from fastmono.optim import adam_corrections, bias_factor, decay_strength, learning_rates
+from fastmono.optim import adam_corrections, bias_factor, decay_strength, learning_rate_table
 from fastmono.philox import stream_key
 from fastmono.spec import ModelSpec
 
@@ -54,11 +55,6 @@ def is_interpreting() -> bool:
 def is_available() -> bool:
     """Whether the engine can run here."""
     return torch.cuda.is_available() or is_interpreting()
-
-
-def own_columns(packed: Tensor, view: Tensor) -> Tensor:
-    """Of a model's packed rows, what is not padding: the shape of `view`."""
-    return packed if view.dim() == 1 else packed[:, : view.shape[1]]
 
 
 def last_line(error: BaseException) -> str:
@@ -86,14 +82,15 @@ class Packed:
     def __init__(
         self, block: Block, precision: str, device: torch.device, architecture: int, switches: Switches = NO_SWITCHES
     ) -> None:
-        spec = block.specs[0]
+        specs = block.specs
+        spec = specs[0]
         self.spec, self.precision, self.device = spec, precision, device
         self.operand = OPERAND[precision]
         o, B = spec.d_output, spec.batch_size
-        launches = launches_of(block.specs, precision, architecture, switches)
+        launches = launches_of(specs, precision, architecture, switches)
         # Models that leave nothing out take longest: begun first, they do not end last. Otherwise the order is kept, in
         # which those that share a batch stand side by side.
-        order = sorted(range(len(launches)), key=lambda i: (repr(launches[i]), last_survey(block.specs[i]) >= 0))
+        order = sorted(range(len(launches)), key=lambda i: (repr(launches[i]), last_survey(specs[i]) >= 0))
         self.order = order
         self.models: list[Model] = [block.models[i] for i in order]
         self.groups: list[tuple[Launch, int, int]] = []  # settings, first model, how many
@@ -113,8 +110,7 @@ class Packed:
 
     def _pack_parameters(self) -> None:
         widths = [rows_of(model.spec) for model in self.models]
-        starts = [sum(widths[:i]) for i in range(len(widths))]
-        self.rows = sum(widths)
+        *starts, self.rows = accumulate(widths, initial=0)
         self.slices = [slice(start, start + width) for start, width in zip(starts, widths, strict=True)]
 
         self.parameters, self.first_moment, self.second_moment = (self._packed(part) for part in PARTS)
@@ -123,8 +119,9 @@ class Packed:
             name: tensor.clone() if name == "b" or self.precision == "fp32" else self.round(tensor)
             for name, tensor in self.parameters.items()
         }
-        places = [torch.arange(n) for m in self.models for n in (m.spec.n_neurons, m.spec.linear_path)]
-        self.place = torch.cat(places).to(device=self.device, dtype=torch.int32)
+        parts = torch.tensor([n for m in self.models for n in (m.spec.n_neurons, m.spec.linear_path)])
+        first = torch.repeat_interleave(parts.cumsum(0) - parts, parts)
+        self.place = (torch.arange(self.rows) - first).to(device=self.device, dtype=torch.int32)
         self.used = torch.tensor([m.spec.n_neurons for m in self.models], dtype=torch.int32, device=self.device)
         self.last_surveys = [last_survey(model.spec) for model in self.models]
 
@@ -133,19 +130,39 @@ class Packed:
         packed: dict[str, Tensor] = {}
         for name, shape in {"W_in": (self.rows, self.M), "b": (self.rows,), "W_outT": (self.rows, self.LO)}.items():
             packed[name] = torch.zeros(shape)
-        for packed_view, view in self._views(packed, part):
-            packed_view.copy_(view)
+        for spec, flats, rows in self._runs(part):
+            for packed_view, view in self._views(packed, spec, torch.stack(flats), rows):
+                packed_view.copy_(view)
         return {name: host.to(self.device) for name, host in packed.items()}
 
-    def _views(self, packed: dict[str, Tensor], part: str, diverged: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each tensor of that part of each model: where it stands in `packed`, and itself."""
-        for model, rows in zip(self.models, self.slices, strict=True):
-            flat = getattr(model, part)
-            if len(flat) == 0 or (model.diverged_step is not None and not diverged):
-                continue
-            for name, view in views(model.spec, flat).items():
-                start = rows.start + (model.spec.n_neurons if name in LINEAR_ROWS else 0)
-                yield own_columns(packed[LINEAR_ROWS.get(name, name)][start : start + len(view)], view), view
+    def _runs(self, part: str, diverged: bool = True) -> Iterator[tuple[ModelSpec, list[Tensor], slice]]:
+        """That part of the models, one run of equal shapes after another: a spec, flat buffers, and packed rows.
+
+        Thousands of small models are copied together: one by one they take seconds.
+        """
+
+        def key(pair: tuple[Model, slice]) -> tuple[int, int, int, bool]:
+            spec, flat = pair[0].spec, getattr(pair[0], part)
+            taken = len(flat) > 0 and (diverged or pair[0].diverged_step is None)
+            return spec.n_neurons, spec.linear_path, len(flat), taken
+
+        for (*_, taken), run in groupby(zip(self.models, self.slices, strict=True), key):
+            models, slices = zip(*run, strict=True)
+            if taken:
+                flats = [getattr(model, part) for model in models]
+                yield models[0].spec, flats, slice(slices[0].start, slices[-1].stop)
+
+    def _views(
+        self, packed: dict[str, Tensor], spec: ModelSpec, stacked: Tensor, rows: slice
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each tensor of a run of models: where it stands in `packed`, and its view of their stacked buffers."""
+        n = len(stacked)
+        for name, view in views(spec, stacked).items():
+            own = packed[LINEAR_ROWS.get(name, name)][rows]
+            own = own.view(n, rows_of(spec), *own.shape[1:])
+            first = spec.n_neurons if name in LINEAR_ROWS else 0
+            here = own[:, first : first + view.shape[1]]
+            yield (here if view.dim() == 2 else here[..., : view.shape[2]]), view
 
     def round(self, tensor: Tensor) -> Tensor:
         """A float32 tensor as an operand: the same memory where nothing is rounded."""
@@ -155,8 +172,9 @@ class Packed:
 
     def _pack_streams(self) -> None:
         keys = [(stream_key(model.spec), id(model.P)) for model in self.models]
-        distinct = list(dict.fromkeys(keys))
-        firsts = [self.models[keys.index(key)] for key in distinct]
+        first_of = dict(reversed(list(zip(keys, self.models, strict=True))))
+        distinct = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        firsts = [first_of[key] for key in distinct]
         N, M = self.spec.n_features, self.M
 
         def transposed(projections: list[Tensor]) -> Tensor:
@@ -173,7 +191,7 @@ class Packed:
         self.P = transposed([m.P for m in firsts])
         self.P2 = transposed([m.P2 for m in firsts if m.P2 is not None]) if firsts[0].P2 is not None else self.P
         table = [
-            [model.spec.n_neurons, rows.start, distinct.index(key), model.spec.steps, model.spec.linear_path, last]
+            [model.spec.n_neurons, rows.start, distinct[key], model.spec.steps, model.spec.linear_path, last]
             for model, rows, key, last in zip(self.models, self.slices, keys, self.last_surveys, strict=True)
         ]
         specs = [model.spec for model in self.models]
@@ -221,8 +239,12 @@ class Packed:
         """Bring parameters and moments back to the models that have not diverged."""
         for part in PARTS:
             host = {name: tensor.cpu() for name, tensor in getattr(self, part).items()}
-            for packed_view, view in self._views(host, part, diverged=False):
-                view.copy_(packed_view)
+            for spec, flats, rows in self._runs(part, diverged=False):
+                stacked = torch.stack(flats)  # with what pads their rows
+                for packed_view, view in self._views(host, spec, stacked, rows):
+                    view.copy_(packed_view)
+                for flat, fetched in zip(flats, stacked, strict=True):
+                    flat.copy_(fetched)
 
 
 class TritonEngine:
@@ -274,7 +296,8 @@ class TritonEngine:
         packed, parts = self._pack(block), []
         while n_steps > 0:
             n = min(n_steps, STEPS_A_CALL)
-            packed.rates[:, :n] = torch.tensor([learning_rates(m.spec, block.step, n) for m in packed.models])
+            rates = learning_rate_table([model.spec for model in packed.models], block.step, n)
+            packed.rates[:, :n] = torch.from_numpy(rates)
             steps = range(block.step, block.step + n)
             packed.corrections[:n] = torch.tensor([adam_corrections(t) for t in steps])
             packed.step.copy_(torch.tensor([block.step, block.step]))
