@@ -56,6 +56,7 @@ def backward_tile(
     db = tl.zeros([BK], tl.float32)
     dW_out = tl.zeros([BK, BO], tl.float32)
     if CARRIED:
+        # Carried as float32: what is carried as an operand goes through shared memory, and is waited for at once.
         dz = tl.zeros([BK, BR], tl.float32)
     for r0 in range(row0, row1, BR):
         e = read(w_e, r0, column0, BR, BO, BULK)
@@ -66,7 +67,7 @@ def backward_tile(
             x_before = read(w_x, tl.maximum(r0 - BR, row0), 0, BR, M, BULK)  # in the first turn any: dz is 0
             dW_in = product(operand(dz, PRECISION), x_before, dW_in, PRECISION)  # [BK, BR] @ [BR, M] -> [BK, M]
             dW_out = product(h, e, dW_out, PRECISION)  # [BK, BR] @ [BR, BO] -> [BK, BO]
-            db += tl.sum(dz, 1)
+            db += tl.sum(dz, 1)  # while they are under way
         dh = product(W_out, tl.trans(e), tl.zeros([BK, BR], tl.float32), PRECISION)  # [BK, BO] @ [BO, BR] -> [BK, BR]
         if ACTIVATION == "relu":
             active = h > 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastmono.spec import ModelSpec
 
@@ -185,7 +186,7 @@ def survey_tile(architecture: int, M: int, precision: str) -> int:
     return 64 if precision == "tf32" and (M > 64 or generation != 10) else 128
 
 
-def hopper_settings(M: int, BR: int, BL: int, precision: str, activation: str) -> dict[str, int | bool]:
+def hopper_settings(M: int, BR: int, BL: int, precision: str, activation: str) -> dict[str, Any]:
     """Fields for single kernels of large models on sm_90: forms in which no product waits for another, and one warp
     group where more would race in Triton 3.6 and 3.7, whose wait for a product holds back one group alone
     (docs/LOG.md, 2026-11-27).
@@ -194,7 +195,7 @@ def hopper_settings(M: int, BR: int, BL: int, precision: str, activation: str) -
     """
     if M > 128 or precision == "fp32":
         return {}
-    found: dict[str, int | bool] = {"project_warps": 4, "survey_warps": 4}
+    found: dict[str, Any] = {"project_warps": 4, "survey_warps": 4}
     if precision == "tf32":  # is not serialised as it is, and spills where carried
         return found
     if BR >= 64:
@@ -253,7 +254,7 @@ def choose_launch(
     grids = -(-B // ROWS_A_SURVEY), 0 if fused else -(-B // rows) * -(-o // BP)
     if max(grids) > LARGEST_GRID:
         raise ValueError(f"d_output={o}, batch_size={B}: more than {LARGEST_GRID} parts of a gradient")
-    own = {}
+    own: dict[str, Any] = {}
     if architecture // 10 == 9 and not resident:
         own = hopper_settings(M, BR, BL, precision, activation)
     return Launch(
