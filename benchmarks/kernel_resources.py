@@ -194,6 +194,8 @@ def signature(kernel: Any, variant: Variant, launch: Launch) -> tuple[dict[str, 
         "PRECISION": variant.precision, "M": launch.M, "BN": launch.BN, "BR": launch.BR, "BK": launch.BK,
         "BO": launch.BO, "BB": launch.BB, "BP": launch.BP, "BA": launch.BA, "BULK": launch.bulk,
     }  # fmt: skip
+    if variant.kernel in ("forward", "backward"):
+        constants |= {"CARRIED": getattr(launch, f"{variant.kernel}_carried")}
     if variant.kernel == "project":
         constants |= {"BR": launch.BS}
     elif variant.kernel in ("backward", "narrow"):
@@ -224,7 +226,7 @@ def compile_variant(variant: Variant, architecture: int) -> Any:
     # torch's allocations, and rows of 128 bytes, are aligned to 16 bytes.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.startswith("p_")}
     source = ASTSource(fn=kernel, signature=types, constexprs=values, attrs=aligned)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": False}
+    options = launch.options(variant.kernel)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 

@@ -7,6 +7,10 @@ again. One chunk of e serves both dh and dW_out.
 dW_in and db are linear in dh, so a program that sees some of the outputs adds its part of dh, and the parts are summed
 in index order where the gradient is used.
 
+CARRIED: dz of a chunk is multiplied with x in the turn of the next chunk, so that all products of a turn are under way
+at once, and none from one turn to the next. On sm_90 the compiler otherwise waits for each, and lets the copy engine
+overwrite an h that is being multiplied. Sums, and the order of their parts, are the same either way.
+
 Rows of a linear path (LINEAR) have phi' = 1, no bias and no penalty.
 
 Beyond o, up to LO, W_out^T and e hold zeros, and so does dW_out^T: whole rows are read and written 16 bytes at a time.
@@ -29,7 +33,7 @@ from .windows import read, window, write
 @triton.jit
 def backward_tile(
     row0, row1, k0, column0, half_l1, linear, p_x, p_W_in, p_b, p_W_out, p_h, p_e, p_dW_in, p_db, p_dW_out, k, LO, LB,
-    ACTIVATION: tl.constexpr, LINEAR: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, LINEAR: tl.constexpr, PRECISION: tl.constexpr, CARRIED: tl.constexpr,
     M: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """One model's dW_in [BK, M], db [BK], dW_out^T [BK, BO] at neuron k0, output column0, from samples row0 to row1.
@@ -51,10 +55,19 @@ def backward_tile(
     dW_in = tl.zeros([BK, M], tl.float32)
     db = tl.zeros([BK], tl.float32)
     dW_out = tl.zeros([BK, BO], tl.float32)
+    if CARRIED:
+        # Carried as float32: what is carried as an operand goes through shared memory, and is waited for at once.
+        dz = tl.zeros([BK, BR], tl.float32)
     for r0 in range(row0, row1, BR):
         e = read(w_e, r0, column0, BR, BO, BULK)
-        x = read(w_x, r0, 0, BR, M, BULK)
+        if not CARRIED or ACTIVATION != "relu":
+            x = read(w_x, r0, 0, BR, M, BULK)
         h = read(w_h, k0, r0, BK, BR, BULK)
+        if CARRIED:
+            x_before = read(w_x, tl.maximum(r0 - BR, row0), 0, BR, M, BULK)  # in the first turn any: dz is 0
+            dW_in = product(operand(dz, PRECISION), x_before, dW_in, PRECISION)  # [BK, BR] @ [BR, M] -> [BK, M]
+            dW_out = product(h, e, dW_out, PRECISION)  # [BK, BR] @ [BR, BO] -> [BK, BO]
+            db += tl.sum(dz, 1)  # while they are under way
         dh = product(W_out, tl.trans(e), tl.zeros([BK, BR], tl.float32), PRECISION)  # [BK, BO] @ [BO, BR] -> [BK, BR]
         if ACTIVATION == "relu":
             active = h > 0.0
@@ -69,9 +82,15 @@ def backward_tile(
             if LINEAR:
                 slope = tl.where(linear, 1.0, slope)
             dz = dh * slope
+        if not CARRIED:
+            db += tl.sum(dz, 1)
+        if not CARRIED:
+            dW_in = product(operand(dz, PRECISION), x, dW_in, PRECISION)
+            dW_out = product(h, e, dW_out, PRECISION)
+    if CARRIED:
+        last = row0 + (row1 - 1 - row0) // BR * BR
         db += tl.sum(dz, 1)
-        dW_in = product(operand(dz, PRECISION), x, dW_in, PRECISION)  # [BK, BR] @ [BR, M] -> [BK, M]
-        dW_out = product(h, e, dW_out, PRECISION)  # [BK, BR] @ [BR, BO] -> [BK, BO]
+        dW_in = product(operand(dz, PRECISION), read(w_x, last, 0, BR, M, BULK), dW_in, PRECISION)
     if LINEAR:
         db = tl.where(linear, 0.0, db)
     write(window(p_dW_in, k, M, BK, M, False), k0, 0, dW_in, BK, M, False)
@@ -83,7 +102,7 @@ def backward_tile(
 def backward_kernel(
     p_models, p_used, p_factors, p_diverged, p_step, p_x, p_W_in, p_b, p_W_out, p_h, p_e, p_dW_in, p_db, p_dW_out,
     B, LO, LB, rows, row_parts, first, total_rows,
-    ACTIVATION: tl.constexpr, LINEAR: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, LINEAR: tl.constexpr, PRECISION: tl.constexpr, CARRIED: tl.constexpr,
     M: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of neurons, then of the linear path; output tiles x row parts; models), a program `rows` samples.
@@ -105,5 +124,5 @@ def backward_kernel(
             p_W_in + row * M, p_b + row, p_W_out + row * LO, p_h + row * LB, p_e + model * B * LO,
             p_dW_in + (both * total_rows + row) * M, p_db + both * total_rows + row,
             p_dW_out + (part.to(tl.int64) * total_rows + row) * LO, k, LO, LB,
-            ACTIVATION, LINEAR, PRECISION, M, BR, BK, BO, BULK,
+            ACTIVATION, LINEAR, PRECISION, CARRIED, M, BR, BK, BO, BULK,
         )  # fmt: skip

@@ -94,7 +94,7 @@ def forward_phase(
         for tile in range(tiles):
             loss = forward_tile(
                 row0, tile, tiles, p_x, p_tau, p_W_in + i, p_b + row, p_W_out + out, p_h + row * LB, p_e, k, rank,
-                o, B, LO, LB, ACTIVATION, LINEAR, PRECISION, M, BR, BK, BO, False,
+                o, B, LO, LB, ACTIVATION, LINEAR, PRECISION, False, M, BR, BK, BO, False,
             )  # fmt: skip
             tl.store(p_loss + model * loss_stride + row0 // BR * tiles + tile, loss)
 
@@ -117,7 +117,7 @@ def backward_phase(
             backward_tile(
                 0, B, k0, tile * BO, half_l1, part == 1, p_x, p_W_in + i, p_b + row, p_W_out + out, p_h + row * LB, p_e,
                 p_dW_in + row_start(tile, rows) * M + i, p_db + row_start(tile, rows) + row, p_dW_out + out, k, LO, LB,
-                ACTIVATION, LINEAR, PRECISION, M, BB, BK, BO, False,
+                ACTIVATION, LINEAR, PRECISION, False, M, BB, BK, BO, False,
             )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def far_rows_kernel(
     )  # fmt: skip
     backward_tile(
         0, B, k0, 0, 0.0, False, p_x, p_q_in, p_q_b, p_q_out, p_h, p_e, p_dW_in, p_db, p_dW_out, k0 + 16, LO, 32,
-        "relu", False, "fp32", 16, 16, 16, 16, False,
+        "relu", False, "fp32", False, 16, 16, 16, 16, False,
     )  # fmt: skip
     moments_tile(
         k0, k0 + 16, 0.5, p_place, p_dW_in, p_db, p_dW_out, 1, 1, 16, p_W_in, p_b, p_W_out, p_m_in, p_m_b, p_m_out,

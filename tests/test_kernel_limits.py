@@ -13,24 +13,24 @@ dead_neurons = pytest.importorskip("benchmarks.dead_neurons")
 
 
 def test_limits_of_the_papers_shape():
-    """By hand. Forward: 32 tiles of 256 rows and 4 of 128 outputs, each of which computes z and reads W_in and W_out.
+    """By hand. Forward: 64 tiles of 128 rows and 2 of 256 outputs, each of which computes z and reads W_in and W_out.
     Backward: 8 tiles of 128 neurons and 2 of 256 outputs, each with its part of dh and dW_in, in 2 row parts."""
     spec = fm.ModelSpec()
     launch = choose_launch(90, 512, 64, 1024, 512, 8192, "bf16")
-    assert (launch.BR, launch.BK, launch.BO) == (256, 64, 128)
-    assert (launch.BB, launch.BL, launch.BP, launch.rows) == (64, 128, 256, 4096)
+    assert (launch.BR, launch.BK, launch.BO) == (128, 64, 256)
+    assert (launch.BB, launch.BL, launch.BP, launch.rows) == (32, 128, 256, 4096)
     found = {work.kernel: work for work in limits.works(spec, launch)}
     assert sum(work.useful for work in found.values()) == spec.flops_per_step
-    assert found["forward"].done == 2 * 8192 * 1024 * (4 * 64 + 512)
+    assert found["forward"].done == 2 * 8192 * 1024 * (2 * 64 + 512)
     assert found["backward"].done == 2 * 8192 * 1024 * (2 * 512 + 2 * 64)
     x, e, h, tau = 2 * 8192 * 64, 2 * 8192 * 512, 2 * 8192 * 1024, 4 * 8192 * 512
-    assert found["forward"].cache == 4 * x + tau + 2 * 32 * 1024 * (4 * 64 + 512) + h + e
+    assert found["forward"].cache == 2 * x + tau + 2 * 64 * 1024 * (2 * 64 + 512) + h + e
     parts = 4 * 2 * (1024 * 512 + 2 * 1024 * 65)
     assert found["backward"].cache == 8 * (2 * x + e) + 2 * h + 2 * 2 * 1024 * 512 + parts
     assert found["apply"].memory == 16 * 1024 * 577 + 2 * 1024 * 576
-    # What design.md asks for, 0.60 of the product rate, is left room.
+    # What is asked for, 0.60 of the product rate, is just left; the cache limits the forward pass (docs/LOG.md).
     assert limits.share(list(found.values()), ("product",)) >= 0.85
-    assert limits.share(list(found.values())) >= 0.67
+    assert limits.share(list(found.values())) >= 0.6
 
 
 def test_the_derivatives_of_gelu_cost_z_again_for_every_tile_of_outputs():
@@ -43,15 +43,15 @@ def test_the_derivatives_of_gelu_cost_z_again_for_every_tile_of_outputs():
 
 
 def test_work_where_a_survey_finds_a_quarter_of_the_neurons():
-    """By hand: survey tiles of 128 neurons in 8 parts of the samples; everything behind them is of 256 neurons."""
+    """By hand: survey tiles of 64 neurons in 8 parts of the samples; everything behind them is of 256 neurons."""
     spec = fm.ModelSpec()
     launch = choose_launch(90, 512, 64, 1024, 512, 8192, "bf16")
-    assert launch.BV == 128
+    assert launch.BV == 64
     found = {work.kernel: work for work in limits.works(spec, launch, active=256)}
     every = {work.kernel: work for work in limits.works(spec, launch)}
     x, e, h = 2 * 8192 * 64, 2 * 8192 * 512, 2 * 8192 * 256
     assert found["survey"].done == 2 * 8192 * 1024 * 64
-    assert found["survey"].cache == 8 * x + 8 * (4 * 1024 * 65 + 1024)
+    assert found["survey"].cache == 16 * x + 8 * (4 * 1024 * 65 + 1024)
     assert found["gather"].memory == 6 * 256 * 576 + 8 * 1024
     assert found["forward"].done == every["forward"].done / 4
     assert found["backward"].done == every["backward"].done / 4

@@ -76,6 +76,7 @@ def regime(request, monkeypatch):
     def launch(*arguments):
         rows = 32 if request.param == "streamed" else arguments[5]
         how = {"regime": request.param, "rows": rows, "bulk": rows == 32, "fused": False}
+        how |= {"forward_carried": rows == 32, "backward_carried": rows == 32}  # the resident kernel has one form
         return dataclasses.replace(choose_launch(*arguments), **how, **TILES)
 
     monkeypatch.setattr(engine_module, "choose_launch", launch)
@@ -221,6 +222,36 @@ def test_both_regimes_give_the_same_bits_where_their_tiles_are_the_same(monkeypa
     (one, losses), (other, other_losses) = found
     assert torch.equal(losses, other_losses)
     assert all(torch.equal(a.parameters, b.parameters) for a, b in zip(one.models, other.models, strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("activation", "precision", "bulk"),
+    [("relu", "fp32", True), ("relu", "fp16", False), ("gelu", "fp16", True), ("solu", "tf32", False)],
+)
+def test_what_is_carried_to_the_next_chunk_changes_no_bit(activation, bulk, precision, monkeypatch):
+    """Ragged ends in every direction, neurons that fill no tile, a penalty, a linear path, dead neurons, and in one
+    model a NaN in z."""
+    monkeypatch.setitem(PRECISIONS, "fp16", lambda x: x.half().float())
+    base = BASE.replace(batch_size=37, d_embed=17, activation=activation)
+    ill = base.replace(seed=4, n_neurons=9)
+    models = [base, ill, base.replace(linear_path=17, n_neurons=16, l1=0.0), base.replace(init_bias=-9.0)]
+
+    def plant(block):
+        block.models[1].tensors["b"][2] = torch.nan
+
+    found = []
+    for carried in (False, True):
+        how = {**TILES, "rows": 32, "regime": "streamed", "fused": False, "bulk": bulk}
+        how |= {"forward_carried": carried, "backward_carried": carried}
+        launch = lambda *a, how=how: dataclasses.replace(choose_launch(*a), **how)  # noqa: E731
+        monkeypatch.setattr(engine_module, "choose_launch", launch)
+        found.append(trained(models, 1, precision, plant=plant))
+    (one, losses), (other, other_losses) = found
+    assert one.models[1].diverged_step == 1 and losses[[0, 2, 3]].isfinite().all()
+    assert torch.equal(losses.nan_to_num(-1), other_losses.nan_to_num(-1))
+    for a, b in zip(one.models, other.models, strict=True):
+        assert torch.equal(a.parameters.nan_to_num(-1), b.parameters.nan_to_num(-1))
 
 
 @interpreted

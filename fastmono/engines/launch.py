@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastmono.spec import ModelSpec
 
@@ -111,15 +112,37 @@ class Launch:
     """Whether forward and backward pass are one kernel, narrow, in chunks of BB samples and tiles of BP outputs."""
     num_warps: int
     num_stages: int
+    """Of all kernels but those for which a number of their own follows."""
+    forward_carried: bool = False
+    """Whether the forward pass computes z one chunk ahead (kernels/forward.py)."""
+    backward_carried: bool = False
+    """Whether the backward pass multiplies dz with x one chunk later (kernels/backward.py)."""
+    project_warps: int | None = None
+    survey_warps: int | None = None
+    forward_warps: int | None = None
+    forward_stages: int | None = None
+    backward_warps: int | None = None
+    backward_stages: int | None = None
+    narrow_warps: int | None = None
+    narrow_stages: int | None = None
     linear: bool = False
     """Whether models have a linear path."""
     decay: str = "global"
     """Their mode of bias decay."""
 
+    def options(self, kernel: str) -> dict[str, int | bool]:
+        """What the kernel of that name (project, survey, gather, forward, ...) is compiled with."""
+        warps, stages = (getattr(self, f"{kernel}_{what}", None) for what in ("warps", "stages"))
+        return {
+            "num_warps": self.num_warps if warps is None else warps,
+            "num_stages": self.num_stages if stages is None else stages,
+            "enable_fp_fusion": False,
+        }
+
 
 def streamed_tiles(architecture: int, M: int, precision: str, activation: str, linear: bool) -> tuple[int, ...]:
     """BR, BK, BO and BB, BL, BP of a large model: those at which no bf16 or tf32 kernel spills, and the cache is read
-    least (docs/LOG.md, 2026-11-25; benchmarks/results/kernel_resources.csv)."""
+    least (docs/LOG.md, 2026-11-25 and 2026-11-27; benchmarks/results/kernel_resources.csv)."""
     generation, relu = architecture // 10, activation == "relu"
     if M > 128:
         return 16, 16, 16, 16, 16, 16
@@ -130,12 +153,12 @@ def streamed_tiles(architecture: int, M: int, precision: str, activation: str, l
             return 128, 32, 128, 32, 64, 128
         return 64, 32, 64, 32, 32, 64
     if generation == 9:
-        forward = (256, 64, 128) if relu and M <= 64 else (128, 64, 256)  # both have 128 sums in each thread
-        if linear:  # a second loop over rows, which spills 72 bytes at these
-            forward = (128, 64, 128)
+        # 128 sums in each thread, and those of dW_in: at 64 of them for M = 128, z and its operands leave less.
         if M > 64:
-            return *forward, 32, 64, 128
-        return *forward, 64 if relu else 32, 128, 128 if activation == "gelu" else 256
+            return 128, 32 if linear else 64, 256, 32, 128 if relu else 64, 128
+        if M < 64:  # 32 x 128 x 256 spills 4 to 60 bytes with Triton 3.6
+            return 128, 64, 256, 64 if relu else 32, 128, 128
+        return 128, 64, 256, 32, 128, 256
     if generation == 10:
         return 128, 64, 256, 64, 128 if M <= 64 else 64, 128
     return 128, 32, 128, 32, 64, 128
@@ -151,13 +174,37 @@ def narrow_tiles(architecture: int, k: int) -> tuple[int, int, int]:
     return 128 if generation == 9 else 64, 64, 64 if generation in (9, 10) else 32
 
 
-def survey_tile(roomy: bool, M: int, precision: str) -> int:
+def survey_tile(architecture: int, M: int, precision: str) -> int:
     """BV: x, W_in and the sums of so many samples and neurons."""
+    generation = architecture // 10
     if M > 128:
         return 16
     if precision == "fp32":
         return 32
-    return 64 if precision == "tf32" and (M > 64 or not roomy) else 128
+    if generation == 9:  # one warp group, which spills 600 bytes at 128
+        return 64
+    return 64 if precision == "tf32" and (M > 64 or generation != 10) else 128
+
+
+def hopper_settings(M: int, BR: int, BL: int, precision: str, activation: str) -> dict[str, Any]:
+    """Fields for single kernels of large models on sm_90: forms in which no product waits for another, and one warp
+    group where more would race in Triton 3.6 and 3.7, whose wait for a product holds back one group alone
+    (docs/LOG.md, 2026-11-27).
+
+    Products of 64 rows and more are meant: smaller ones are made by each warp for itself.
+    """
+    if M > 128 or precision == "fp32":
+        return {}
+    found: dict[str, Any] = {"project_warps": 4, "survey_warps": 4}
+    if precision == "tf32":  # is not serialised as it is, and spills where carried
+        return found
+    if BR >= 64:
+        found |= {"forward_carried": True, "forward_warps": 8 if BR > 64 else 4, "forward_stages": 3 if BR > 64 else 2}
+    if BL >= 64:
+        whole = BL > 64 or M <= 64 or activation == "relu"
+        found |= {"backward_carried": True, "backward_warps": 8 if whole else 4}
+        found |= {"backward_stages": 4 if activation == "relu" and M >= 64 else 3}
+    return found
 
 
 def choose_launch(
@@ -210,6 +257,9 @@ def choose_launch(
     grids = -(-B // ROWS_A_SURVEY), 0 if fused else -(-B // rows) * -(-o // BP)
     if max(grids) > LARGEST_GRID:
         raise ValueError(f"d_output={o}, batch_size={B}: more than {LARGEST_GRID} parts of a gradient")
+    own: dict[str, Any] = {}
+    if architecture // 10 == 9 and not resident:
+        own = hopper_settings(M, BR, BL, precision, activation)
     return Launch(
         regime="resident" if resident else "streamed",
         M=M,
@@ -224,7 +274,7 @@ def choose_launch(
         BA=16,
         # Where BP is 16, the backward pass does not fill a padded row; sums of w^2 and w^4 take what more would spill.
         BU=min(BP, 64 if decay == "per_neuron" else 128),
-        BV=survey_tile(roomy, M, precision),
+        BV=survey_tile(architecture, M, precision),
         rows=rows,
         bulk=not resident and (roomy or architecture == 0),
         fused=fused,
@@ -232,6 +282,7 @@ def choose_launch(
         num_stages=3 if architecture // 10 == 9 and M <= 512 else 2,
         linear=linear,
         decay=decay,
+        **own,
     )
 
 
