@@ -196,6 +196,7 @@ def signature(kernel: Any, variant: Variant, launch: Launch) -> tuple[dict[str, 
     }  # fmt: skip
     if variant.kernel in ("forward", "backward"):
         constants |= {"CARRIED": getattr(launch, f"{variant.kernel}_carried")}
+    constants["ACROSS"] = launch.project_across
     if variant.kernel == "project":
         constants |= {"BR": launch.BS}
     elif variant.kernel in ("backward", "narrow"):

@@ -45,7 +45,7 @@ def project_phase(
     for row0 in range(0, B, BR):
         project_tile(
             seed, step, row0, p_last + f, p_scale + f, p_P + P, p_P2 + P, p_x, p_tau, N, B, LO,
-            TASK, PRECISION, M, BR, BN,
+            TASK, PRECISION, False, M, BR, BN,
         )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Triton decides when it is imported whether it interprets, so the usual run of th
 
 import dataclasses
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -76,7 +77,8 @@ def regime(request, monkeypatch):
     def launch(*arguments):
         rows = 32 if request.param == "streamed" else arguments[5]
         how = {"regime": request.param, "rows": rows, "bulk": rows == 32, "fused": False}
-        how |= {"forward_carried": rows == 32, "backward_carried": rows == 32}  # the resident kernel has one form
+        for other_form in ("forward_carried", "backward_carried", "project_across"):  # the resident kernel has one
+            how[other_form] = rows == 32
         return dataclasses.replace(choose_launch(*arguments), **how, **TILES)
 
     monkeypatch.setattr(engine_module, "choose_launch", launch)
@@ -270,13 +272,15 @@ def test_a_nan_is_seen_at_its_step_and_stays_in_its_model(regime, monkeypatch):
             elif where != "lr":
                 getattr(model, where)[3] = torch.nan
 
-    rates = engine_module.learning_rates
+    rates = engine_module.learning_rate_table
 
-    def with_nan(spec, first, n):
-        found = rates(spec, first, n)
-        return [float("nan") if spec == ill[-1] and first + i == 2 else rate for i, rate in enumerate(found)]
+    def with_nan(specs, first, n):
+        table = rates(specs, first, n)
+        if 0 <= 2 - first < n and ill[-1] in specs:
+            table[specs.index(ill[-1]), 2 - first] = math.nan
+        return table
 
-    monkeypatch.setattr(engine_module, "learning_rates", with_nan)
+    monkeypatch.setattr(engine_module, "learning_rate_table", with_nan)
     block, losses = trained([calm[0], *ill, calm[1]], 4, plant=plant)
     for i, where in enumerate(wheres, 1):
         step = 3 if where == "lr" else 1

@@ -30,6 +30,8 @@ MOST_PROGRAMS, ROWS_A_NARROW_PART = 128, 16_384
 but no more samples in one."""
 ROWS_A_SURVEY = 1024
 """Samples in which one program looks for active neurons, a multiple of BV. No result depends on it."""
+MOMENTS_REGISTERS = 128
+"""It takes 48 to 108: two or more programs of 256 threads a multiprocessor (docs/LOG.md, 2026-11-27)."""
 LEAST_BIAS = 0.3
 """How far below 0 a bias has to be for many neurons to be dead in a batch."""
 PROGRAMS_A_MODEL = 32
@@ -117,6 +119,8 @@ class Launch:
     """Whether the forward pass computes z one chunk ahead (kernels/forward.py)."""
     backward_carried: bool = False
     """Whether the backward pass multiplies dz with x one chunk later (kernels/backward.py)."""
+    project_across: bool = False
+    """Whether the projection is formed transposed (kernels/project.py)."""
     project_warps: int | None = None
     survey_warps: int | None = None
     forward_warps: int | None = None
@@ -125,6 +129,8 @@ class Launch:
     backward_stages: int | None = None
     narrow_warps: int | None = None
     narrow_stages: int | None = None
+    moments_registers: int | None = None
+    """At most so many for each thread of `moments`. Left alone, the assembler aims at 64, and spills one or two."""
     linear: bool = False
     """Whether models have a linear path."""
     decay: str = "global"
@@ -133,11 +139,13 @@ class Launch:
     def options(self, kernel: str) -> dict[str, int | bool]:
         """What the kernel of that name (project, survey, gather, forward, ...) is compiled with."""
         warps, stages = (getattr(self, f"{kernel}_{what}", None) for what in ("warps", "stages"))
-        return {
+        found = {
             "num_warps": self.num_warps if warps is None else warps,
             "num_stages": self.num_stages if stages is None else stages,
             "enable_fp_fusion": False,
         }
+        registers = getattr(self, f"{kernel}_registers", None)
+        return found if registers is None else {**found, "maxnreg": registers}
 
 
 def streamed_tiles(architecture: int, M: int, precision: str, activation: str, linear: bool) -> tuple[int, ...]:
@@ -195,7 +203,7 @@ def hopper_settings(M: int, BR: int, BL: int, precision: str, activation: str) -
     """
     if M > 128 or precision == "fp32":
         return {}
-    found: dict[str, Any] = {"project_warps": 4, "survey_warps": 4}
+    found: dict[str, Any] = {"project_across": True, "project_warps": 4, "survey_warps": 4}
     if precision == "tf32":  # is not serialised as it is, and spills where carried
         return found
     if BR >= 64:
@@ -257,9 +265,9 @@ def choose_launch(
     grids = -(-B // ROWS_A_SURVEY), 0 if fused else -(-B // rows) * -(-o // BP)
     if max(grids) > LARGEST_GRID:
         raise ValueError(f"d_output={o}, batch_size={B}: more than {LARGEST_GRID} parts of a gradient")
-    own: dict[str, Any] = {}
+    own: dict[str, Any] = {} if resident else {"moments_registers": MOMENTS_REGISTERS}
     if architecture // 10 == 9 and not resident:
-        own = hopper_settings(M, BR, BL, precision, activation)
+        own |= hopper_settings(M, BR, BL, precision, activation)
     return Launch(
         regime="resident" if resident else "streamed",
         M=M,

@@ -86,6 +86,8 @@ def check_field(name: str, value: object) -> None:
         allowed, fits = f"one of {WARPS}", value in WARPS
     elif name.endswith("stages"):
         allowed, fits = f"1 to {MOST_STAGES}", 1 <= value <= MOST_STAGES
+    elif name.endswith("registers"):
+        allowed, fits = "32 to 255", 32 <= value <= 255
     elif name == "rows":
         allowed, fits = f"a multiple of {LEAST_ROWS}", value > 0 and value % LEAST_ROWS == 0
     else:

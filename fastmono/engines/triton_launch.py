@@ -31,7 +31,8 @@ def launch_step(packed: Packed, groups: list[tuple[Launch, int, int]], surveys: 
     for first in range(0, len(A.seeds), LARGEST_GRID):
         project_kernel[(-(-B // launch.BS), min(LARGEST_GRID, len(A.seeds) - first))](
             A.step, A.seeds, A.last, A.scale, A.P, A.P2, A.x, A.tau, N, B, LO, first,
-            TASK=spec.task, PRECISION=precision, M=M, BR=launch.BS, BN=launch.BN, **launch.options("project"),
+            TASK=spec.task, PRECISION=precision, ACROSS=launch.project_across, M=M, BR=launch.BS, BN=launch.BN,
+            **launch.options("project"),
         )  # fmt: skip
     for launch, first, count in groups:
         p, q = A.parameters, A.operands
