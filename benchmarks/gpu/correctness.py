@@ -35,7 +35,8 @@ GROUPS = {
     "stopped and continued": r"test_a_run_stopped",
 }
 """Tests of tests/test_gpu.py by name of group: a regular expression on their ids. Each test is in one group."""
-ONE_WARP_GROUP = {"num_warps": 4}
+ONE_WARP_GROUP = {"num_warps": 4, "forward_warps": 4, "backward_warps": 4, "narrow_warps": 4}
+NOT_CARRIED = {"forward_carried": False, "backward_carried": False, "project_across": False}
 Suspects = dict[str, tuple[dict[str, object], dict[str, str]]]
 SUSPECTS: Suspects = {  # switches of the engine, and variables of the process
     "nothing changed": ({}, {}),  # what passes now changes from run to run
@@ -43,7 +44,10 @@ SUSPECTS: Suspects = {  # switches of the engine, and variables of the process
     "graphs off": ({"graphs": False}, {}),
     "streamed": ({"regime": "streamed"}, {}),
     "resident": ({"regime": "resident"}, {}),
+    # Without the copy engine, forward of two warp groups has a write that no barrier guards (Triton 3.6 needs one).
+    "copy engine off, one warp group": ({"bulk": False, "launch": ONE_WARP_GROUP}, {}),
     "one warp group": ({"launch": ONE_WARP_GROUP}, {}),
+    "forms of other chips": ({"launch": NOT_CARRIED}, {}),
     "narrow layers by the streamed kernels": ({"launch": {"fused": False}}, {}),
     "launches block": ({}, {"CUDA_LAUNCH_BLOCKING": "1"}),
 }
