@@ -21,7 +21,7 @@ step, and above twice that b grows until the model diverges.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -43,16 +43,31 @@ def finite_or_inf(x: float) -> float:
 
 def learning_rates(spec: ModelSpec, first: int, count: int) -> list[float]:
     """The learning rates of updates `first` to `first + count`: made in float64, rounded to float32."""
+    rates: list[float] = rate_table([spec], first, count)[0].tolist()
+    return rates
+
+
+def rate_table(specs: Sequence[ModelSpec], first: int, count: int) -> np.ndarray:
+    """The learning rates of many models, float32 [models, count]: each schedule is computed once."""
     t = np.arange(first, first + count)
+    waves: dict[tuple[str, int], np.ndarray] = {}
+    table = np.empty((len(specs), count), np.float32)
+    for row, spec in zip(table, specs, strict=True):
+        key = spec.schedule, spec.steps if spec.schedule == "cosine" else 0
+        if key not in waves:
+            waves[key] = _wave(spec, t)
+        row[:] = spec.lr * 0.5 * waves[key]
+    return table
+
+
+def _wave(spec: ModelSpec, t: np.ndarray) -> np.ndarray:
+    """1 + cos of a schedule's phase at the updates t, float64: twice its share of the base rate."""
     if spec.schedule == "constant":
-        rates = np.full(count, spec.lr)
-    elif spec.schedule == "cosine":
-        rates = spec.lr * 0.5 * (1 + np.cos(np.pi * (t / spec.steps)))
-    else:
-        phase = t % (2 * PUBLISHED_HALF_PERIOD) / PUBLISHED_HALF_PERIOD  # whole periods first: exact for any t
-        rates = spec.lr * 0.5 * (1 + np.cos(np.pi * phase))
-    result: list[float] = rates.astype(np.float32).tolist()
-    return result
+        return np.full(len(t), 2.0)
+    if spec.schedule == "cosine":
+        return 1 + np.cos(np.pi * (t / spec.steps))
+    phase = t % (2 * PUBLISHED_HALF_PERIOD) / PUBLISHED_HALF_PERIOD  # whole periods first: exact for any t
+    return 1 + np.cos(np.pi * phase)
 
 
 def bias_factor(spec: ModelSpec, step: int) -> float:

@@ -6,10 +6,12 @@ share a launch. Without a GPU, `TRITON_INTERPRET=1` runs the same kernels on the
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -29,7 +31,7 @@ from fastmono.engines.launch import (
 )
 from fastmono.engines.triton_launch import STEPS_A_CALL, launch_resident, launch_step
 from fastmono.frequencies import presence_probabilities, scales, thresholds
-from fastmono.optim import adam_corrections, bias_factor, decay_strength, learning_rates
+from fastmono.optim import adam_corrections, bias_factor, decay_strength, rate_table
 from fastmono.philox import stream_key
 from fastmono.spec import ModelSpec
 
@@ -40,6 +42,8 @@ OLDEST_TRITON = (3, 4)
 N_FIELDS, N_FACTORS, N_NORMS = 6, 3, 6
 LINEAR_ROWS = {"L_in": "W_in", "L_outT": "W_outT"}
 """Tensors of the linear path, and behind whose rows they are packed."""
+NUMBERS_A_COPY = 2**18
+"""Numbers of small models that are copied together between host and device: what stays in cache, 1 MiB."""
 OPERAND = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -53,9 +57,16 @@ def is_available() -> bool:
     return torch.cuda.is_available() or is_interpreting()
 
 
-def own_columns(packed: Tensor, view: Tensor) -> Tensor:
-    """Of a model's packed rows, what is not padding: the shape of `view`."""
-    return packed if view.dim() == 1 else packed[:, : view.shape[1]]
+def numbered(keys: Iterable[Hashable]) -> tuple[list[int], list[int]]:
+    """Each key's number, by first appearance, and where each number appears first."""
+    numbers: dict[Hashable, int] = {}
+    found, firsts = [], []
+    for i, key in enumerate(keys):
+        if key not in numbers:
+            numbers[key] = len(numbers)
+            firsts.append(i)
+        found.append(numbers[key])
+    return found, firsts
 
 
 def last_line(error: BaseException) -> str:
@@ -65,28 +76,32 @@ def last_line(error: BaseException) -> str:
 
 
 def launches_of(specs: Sequence[ModelSpec], precision: str, architecture: int) -> list[Launch]:
-    """The launch settings of each model of a block."""
-    return [
-        choose_launch(
+    """The launch settings of each model of a block: chosen once for all of a shape."""
+    shapes = [
+        (
             architecture, s.n_features, s.d_embed, rows_of(s), s.d_output, s.batch_size, precision, s.activation,
             s.linear_path > 0, s.bias_decay_mode if s.bias_decay else "global",
         )
         for s in specs
     ]  # fmt: skip
+    chosen = {shape: choose_launch(*shape) for shape in dict.fromkeys(shapes)}
+    return [chosen[shape] for shape in shapes]
 
 
 class Packed:
     """A block's models on the device, and the scratch of their kernels."""
 
     def __init__(self, block: Block, precision: str, device: torch.device, architecture: int) -> None:
-        spec = block.specs[0]
+        specs = block.specs
+        spec = specs[0]
         self.spec, self.precision, self.device = spec, precision, device
         self.operand = OPERAND[precision]
         o, B = spec.d_output, spec.batch_size
-        launches = launches_of(block.specs, precision, architecture)
+        launches = launches_of(specs, precision, architecture)
+        names = {launch: repr(launch) for launch in dict.fromkeys(launches)}
         # Models that leave nothing out take longest: begun first, they do not end last. Otherwise the order is kept, in
         # which those that share a batch stand side by side.
-        order = sorted(range(len(launches)), key=lambda i: (repr(launches[i]), last_survey(block.specs[i]) >= 0))
+        order = sorted(range(len(launches)), key=lambda i: (names[launches[i]], last_survey(specs[i]) >= 0))
         self.order = order
         self.models: list[Model] = [block.models[i] for i in order]
         self.groups: list[tuple[Launch, int, int]] = []  # settings, first model, how many
@@ -105,10 +120,11 @@ class Packed:
         """Many steps captured, with surveys and without."""
 
     def _pack_parameters(self) -> None:
-        widths = [rows_of(model.spec) for model in self.models]
-        starts = [sum(widths[:i]) for i in range(len(widths))]
-        self.rows = sum(widths)
-        self.slices = [slice(start, start + width) for start, width in zip(starts, widths, strict=True)]
+        ends = list(itertools.accumulate(rows_of(model.spec) for model in self.models))
+        starts, self.rows = [0, *ends[:-1]], ends[-1]
+        self.slices = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+        self.neurons = np.array([model.spec.n_neurons for model in self.models])
+        self.ranks = np.array([model.spec.linear_path for model in self.models])
 
         self.parameters, self.first_moment, self.second_moment = (self._packed(part) for part in PARTS)
         # Of a model that is surveyed only the active neurons, one after another, renewed at each step.
@@ -116,29 +132,50 @@ class Packed:
             name: tensor.clone() if name == "b" or self.precision == "fp32" else self.round(tensor)
             for name, tensor in self.parameters.items()
         }
-        places = [torch.arange(n) for m in self.models for n in (m.spec.n_neurons, m.spec.linear_path)]
-        self.place = torch.cat(places).to(device=self.device, dtype=torch.int32)
-        self.used = torch.tensor([m.spec.n_neurons for m in self.models], dtype=torch.int32, device=self.device)
+        self.place = torch.from_numpy(self._places()).to(device=self.device, dtype=torch.int32)
+        self.used = torch.from_numpy(self.neurons).to(device=self.device, dtype=torch.int32)
         self.last_surveys = [last_survey(model.spec) for model in self.models]
+
+    def _places(self) -> np.ndarray:
+        """int64 [rows]: each neuron's number in its model, and in the rows of a linear path theirs."""
+        counts = np.stack([self.neurons, self.ranks], 1).flatten()
+        return np.arange(self.rows) - np.repeat(np.cumsum(counts) - counts, counts)
 
     def _packed(self, part: str) -> dict[str, Tensor]:
         """One part of every model's state, zero where there is none: put together on the host, and copied at once."""
         packed: dict[str, Tensor] = {}
         for name, shape in {"W_in": (self.rows, self.M), "b": (self.rows,), "W_outT": (self.rows, self.LO)}.items():
             packed[name] = torch.zeros(shape)
-        for packed_view, view in self._views(packed, part):
-            packed_view.copy_(view)
+        for _, _, pairs in self._runs(packed, part):
+            for own, view in pairs:
+                own.copy_(view)
         return {name: host.to(self.device) for name, host in packed.items()}
 
-    def _views(self, packed: dict[str, Tensor], part: str, diverged: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each tensor of that part of each model: where it stands in `packed`, and itself."""
-        for model, rows in zip(self.models, self.slices, strict=True):
-            flat = getattr(model, part)
-            if len(flat) == 0 or (model.diverged_step is not None and not diverged):
+    def _runs(
+        self, packed: dict[str, Tensor], part: str, diverged: bool = True
+    ) -> Iterator[tuple[list[Tensor], Tensor, list[tuple[Tensor, Tensor]]]]:
+        """That part of models of equal shape that stand one after another: their buffers; these stacked; and for each
+        tensor in the stack where it stands in `packed`, and itself. One copy then serves many small models."""
+
+        def kind(i: int) -> tuple[int, int, bool]:
+            spec = self.models[i].spec
+            return spec.n_neurons, spec.linear_path, diverged or self.models[i].diverged_step is None
+
+        for (k, r, wanted), run in itertools.groupby(range(len(self.models)), kind):
+            places = list(run)
+            size = len(getattr(self.models[places[0]], part))
+            if size == 0 or not wanted:
                 continue
-            for name, view in views(model.spec, flat).items():
-                start = rows.start + (model.spec.n_neurons if name in LINEAR_ROWS else 0)
-                yield own_columns(packed[LINEAR_ROWS.get(name, name)][start : start + len(view)], view), view
+            count = max(1, NUMBERS_A_COPY // size)
+            for some in (places[i : i + count] for i in range(0, len(places), count)):
+                flats = [getattr(self.models[i], part) for i in some]
+                stacked = torch.stack(flats) if len(flats) > 1 else flats[0][None]
+                rows, pairs = slice(self.slices[some[0]].start, self.slices[some[-1]].stop), []
+                for name, view in views(self.models[some[0]].spec, stacked).items():
+                    own = packed[LINEAR_ROWS.get(name, name)][rows].unflatten(0, (len(flats), k + r))
+                    own = own[:, k:] if name in LINEAR_ROWS else own[:, :k]
+                    pairs.append((own[..., : view.shape[-1]], view))  # what is not padding
+                yield flats, stacked, pairs
 
     def round(self, tensor: Tensor) -> Tensor:
         """A float32 tensor as an operand: the same memory where nothing is rounded."""
@@ -148,26 +185,28 @@ class Packed:
 
     def _pack_streams(self) -> None:
         keys = [(stream_key(model.spec), id(model.P)) for model in self.models]
-        distinct = list(dict.fromkeys(keys))
-        firsts = [self.models[keys.index(key)] for key in distinct]
+        streams, first = numbered(keys)
+        firsts = [self.models[i] for i in first]
         N, M = self.spec.n_features, self.M
 
         def transposed(projections: list[Tensor]) -> Tensor:
             stacked = torch.zeros(len(projections), N, M)
-            for i, P in enumerate(projections):
-                stacked[i, :, : P.shape[0]] = P.T
+            for own, P in zip(stacked, projections, strict=True):
+                own[:, : P.shape[0]] = P.T
             return self.round(stacked.to(self.device))
 
         share = 0.5 if self.spec.task == "abs" else 1.0
-        p = [presence_probabilities(N, share * m.spec.feature_prob, m.spec.frequency) for m in firsts]
-        self.last = torch.stack([torch.from_numpy(thresholds(x) - 1) for x in p]).to(self.device)
-        self.scale = torch.stack([torch.from_numpy(scales(x)) for x in p]).to(self.device)
+        skews = [(m.spec.feature_prob, m.spec.frequency) for m in firsts]
+        found = {skew: presence_probabilities(N, share * skew[0], skew[1]) for skew in dict.fromkeys(skews)}
+        p = np.stack([found[skew] for skew in skews])
+        self.last = torch.from_numpy(thresholds(p) - 1).to(self.device)
+        self.scale = torch.from_numpy(scales(p)).to(self.device)
         self.seeds = torch.tensor([m.spec.seed for m in firsts], dtype=torch.int64, device=self.device)
         self.P = transposed([m.P for m in firsts])
         self.P2 = transposed([m.P2 for m in firsts if m.P2 is not None]) if firsts[0].P2 is not None else self.P
         table = [
-            [model.spec.n_neurons, rows.start, distinct.index(key), model.spec.steps, model.spec.linear_path, last]
-            for model, rows, key, last in zip(self.models, self.slices, keys, self.last_surveys, strict=True)
+            [model.spec.n_neurons, rows.start, stream, model.spec.steps, model.spec.linear_path, last]
+            for model, rows, stream, last in zip(self.models, self.slices, streams, self.last_surveys, strict=True)
         ]
         specs = [model.spec for model in self.models]
         factors = [[spec.l1 / 2, bias_factor(spec, 0), decay_strength(spec, 0)] for spec in specs]
@@ -199,6 +238,10 @@ class Packed:
         self.norms = empty(A, self.chunks, N_NORMS)
         self.step = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.rates = torch.zeros(A, STEPS_A_CALL, device=self.device)
+        numbers, firsts = numbered([(m.spec.schedule, m.spec.steps, m.spec.lr) for m in self.models])
+        self.scheduled = [self.models[i].spec for i in firsts]
+        """A model for each course that a learning rate takes; `course` has its number for every model."""
+        self.course = torch.tensor(numbers, device=self.device)
         self.corrections = torch.ones(STEPS_A_CALL, 2, device=self.device)
         self.losses = empty(A, STEPS_A_CALL)
 
@@ -214,8 +257,12 @@ class Packed:
         """Bring parameters and moments back to the models that have not diverged."""
         for part in PARTS:
             host = {name: tensor.cpu() for name, tensor in getattr(self, part).items()}
-            for packed_view, view in self._views(host, part, diverged=False):
-                view.copy_(packed_view)
+            for flats, stacked, pairs in self._runs(host, part, diverged=False):
+                for own, view in pairs:
+                    view.copy_(own)
+                if len(flats) > 1:
+                    for flat, values in zip(flats, stacked, strict=True):
+                        flat.copy_(values)
 
 
 class TritonEngine:
@@ -261,9 +308,11 @@ class TritonEngine:
         packed, parts = self._pack(block), []
         while n_steps > 0:
             n = min(n_steps, STEPS_A_CALL)
-            packed.rates[:, :n] = torch.tensor([learning_rates(m.spec, block.step, n) for m in packed.models])
-            steps = range(block.step, block.step + n)
-            packed.corrections[:n] = torch.tensor([adam_corrections(t) for t in steps])
+            rates = torch.from_numpy(rate_table(packed.scheduled, block.step, n)).to(self.device)
+            torch.index_select(rates, 0, packed.course, out=packed.rates[:, :n])
+            if packed.spec.optimizer == "adamw":
+                steps = range(block.step, block.step + n)
+                packed.corrections[:n] = torch.tensor([adam_corrections(t) for t in steps])
             packed.step.copy_(torch.tensor([block.step, block.step]))
             packed.losses.fill_(torch.nan)
             try:
@@ -333,10 +382,9 @@ class TritonEngine:
         stored = 0 if all(launch.fused for launch in launches) else A * B * LO + rows * whole_rows(B)
         activations = size * (stored + batches * B * M) + 4 * batches * B * LO
         sampling = streams * (N * (second * size * M + 12) + 8)
-        tables = A * (8 * N_FIELDS + 4 * N_FACTORS + 8 + 8 * STEPS_A_CALL) + 8 * STEPS_A_CALL + 16
-        return (
-            state + survey + gradients + activations + sampling + tables + 4 * A * (loss_parts + chunks * (3 + N_NORMS))
-        )
+        tables = A * (8 * N_FIELDS + 4 * N_FACTORS + 16 + 8 * STEPS_A_CALL) + 8 * STEPS_A_CALL + 16
+        partial = 4 * A * (loss_parts + chunks * (3 + N_NORMS))
+        return state + survey + gradients + activations + sampling + tables + partial
 
     @staticmethod
     def workspace_bytes(spec: ModelSpec, n_streams: int) -> int:
