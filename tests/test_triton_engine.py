@@ -1,6 +1,7 @@
 """The Triton engine around its kernels: settings, memory, errors, the main job. `test_kernels.py` runs these too."""
 
 import dataclasses
+import math
 import time
 
 import pytest
@@ -17,6 +18,7 @@ from fastmono.trainer import Options
 
 if HAS_TRITON:
     from fastmono.engines import triton as engine_module
+    from fastmono.engines import triton_launch
 
 __all__ = ["regime"]  # a fixture
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -124,6 +126,36 @@ def test_each_model_is_given_the_learning_rates_of_its_own_schedule(no_launches)
     for row, model in zip(packed.rates, packed.models, strict=True):
         assert row[:76].tolist() == learning_rates(model.spec, 1024, 76)
         assert row[76:].tolist() == learning_rates(model.spec, 76, 948)  # of the call before
+
+
+@needs_triton
+@pytest.mark.parametrize("changes", [{}, {"activation": "gelu"}, {"linear_path": 8}, {"n_neurons": 48}])
+def test_the_memory_of_descriptors_is_that_of_the_programs_that_make_them(changes, monkeypatch):
+    base = fm.ModelSpec(batch_size=2048, n_features=128, d_embed=16, n_neurons=300).replace(**changes)
+    specs = [base.replace(n_neurons=base.n_neurons + 8 * (i % 3), lr=0.01 * (i + 1)) for i in range(37)]
+    packed = engine_module.Packed(Block.new(specs), "bf16", torch.device("cpu"), 90)
+    programs = {}
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            programs[self.name] = programs.get(self.name, 0) + math.prod(grid)
+            return lambda *arguments, **settings: None
+
+    for name in [name for name in vars(triton_launch) if name.endswith("_kernel")]:
+        monkeypatch.setattr(triton_launch, name, Recorder(name.removesuffix("_kernel")))
+    triton_launch.launch_step(packed, packed.groups, True)
+    launches = engine_module.launches_of(specs, "bf16", 90)
+    found = 0
+    for kernel, each in triton_launch.descriptors_of(launches[0], base.activation).items():
+        found += 128 * each * programs[kernel]
+    assert found == triton_launch.descriptor_bytes(specs, launches) > 0
+    assert ("narrow" in programs) == (base.n_neurons == 48)
+    # sm_80 has no such descriptors.
+    old = engine_module.launches_of(specs, "bf16", 80)
+    assert triton_launch.descriptor_bytes(specs, old) == 0
 
 
 @needs_triton

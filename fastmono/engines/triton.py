@@ -29,7 +29,7 @@ from fastmono.engines.launch import (
     tiles_of,
     whole_rows,
 )
-from fastmono.engines.triton_launch import STEPS_A_CALL, launch_resident, launch_step
+from fastmono.engines.triton_launch import STEPS_A_CALL, descriptor_bytes, launch_resident, launch_step
 from fastmono.frequencies import presence_probabilities, scales, thresholds
 from fastmono.optim import adam_corrections, bias_factor, decay_strength, rate_table
 from fastmono.philox import stream_key
@@ -365,7 +365,7 @@ class TritonEngine:
 
     @staticmethod
     def device_bytes(specs: Sequence[ModelSpec], precision: str, architecture: int) -> int:
-        """Memory that a block takes on the device: what `Packed` allocates."""
+        """Memory that a block takes on the device: what `Packed` allocates, and what Triton asks for at launches."""
         spec = specs[0]
         N, o, B = spec.n_features, spec.d_output, spec.batch_size
         launches = launches_of(specs, precision, architecture)
@@ -384,7 +384,11 @@ class TritonEngine:
         sampling = streams * (N * (second * size * M + 12) + 8)
         tables = A * (8 * N_FIELDS + 4 * N_FACTORS + 16 + 8 * STEPS_A_CALL) + 8 * STEPS_A_CALL + 16
         partial = 4 * A * (loss_parts + chunks * (3 + N_NORMS))
-        return state + survey + gradients + activations + sampling + tables + partial
+        # Each launch leaves the memory of its descriptors to the next, which may need more; each graph has its own.
+        # The interpreter has none.
+        pools = 2 + any(last_survey(s) >= 0 for s in specs) if architecture else 0
+        descriptors = pools * descriptor_bytes(specs, launches)
+        return state + survey + gradients + activations + sampling + tables + partial + descriptors
 
     @staticmethod
     def workspace_bytes(spec: ModelSpec, n_streams: int) -> int:

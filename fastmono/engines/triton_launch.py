@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastmono.engines.launch import LARGEST_GRID, ROWS_A_SURVEY, Launch, loss_parts
+from fastmono.engines.launch import LARGEST_GRID, ROWS_A_SURVEY, Launch, loss_parts, tiles_of
 from fastmono.kernels.backward import backward_kernel
 from fastmono.kernels.forward import forward_kernel
 from fastmono.kernels.narrow import narrow_kernel
@@ -12,6 +14,7 @@ from fastmono.kernels.project import project_kernel
 from fastmono.kernels.resident import resident_kernel
 from fastmono.kernels.survey import gather_kernel, survey_kernel
 from fastmono.kernels.update import apply_kernel, finish_kernel, moments_kernel, tick_kernel
+from fastmono.spec import ModelSpec
 
 if TYPE_CHECKING:
     from fastmono.engines.triton import Packed
@@ -20,6 +23,38 @@ STEPS_A_CALL = 1024
 """Capacity of the tables of learning rates and losses."""
 SIDE_BY_SIDE = 16
 """Models whose forward programs run at the same time: they share x and tau, and hold so many W_out in the cache."""
+DESCRIPTOR_BYTES = 128
+"""What a descriptor of tiles takes of the device's memory: Triton asks for it at each launch, for every program."""
+
+
+def descriptors_of(launch: Launch, activation: str) -> dict[str, int]:
+    """Descriptors that one program of each kernel makes: its windows in `kernels/` that are BULK."""
+    if not launch.bulk:
+        return {}
+    if launch.fused:
+        return {"narrow": 2}  # x, tau
+    return {
+        "forward": 8 if launch.linear else 5,  # x, e; W_in, W_out and h, of a linear path too
+        "backward": 4 if activation == "relu" else 5,  # x, e, h, W_out; W_in where z is computed again
+    }
+
+
+def descriptor_bytes(specs: Sequence[ModelSpec], launches: Sequence[Launch]) -> int:
+    """Memory of the descriptors of all launches of one step, those of each launch in a place of its own."""
+    groups: dict[Launch, list[ModelSpec]] = defaultdict(list)
+    for spec, launch in zip(specs, launches, strict=True):
+        groups[launch].append(spec)
+    found = 0
+    for launch, models in groups.items():
+        B, o, count = models[0].batch_size, models[0].d_output, len(models)
+        parts, beside = -(-B // launch.rows) * -(-o // launch.BP), min(count, SIDE_BY_SIDE)
+        programs = {
+            "forward": -(-B // launch.BR) * -(-o // launch.BO) * -(-count // beside) * beside,
+            "backward": max(tiles_of(spec, launch.BL) for spec in models) * parts * count,
+            "narrow": parts * count,
+        }
+        found += sum(programs[name] * each for name, each in descriptors_of(launch, models[0].activation).items())
+    return DESCRIPTOR_BYTES * found
 
 
 def launch_step(packed: Packed, groups: list[tuple[Launch, int, int]], surveys: bool) -> None:
