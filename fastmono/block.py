@@ -42,13 +42,13 @@ def padded(n: int) -> int:
 def views(spec: ModelSpec, flat: Tensor) -> dict[str, Tensor]:
     """The trained tensors as views of a model's flat buffer: rows one after another, each padded.
 
-    Of several models' buffers, [..., size], each tensor is [..., rows, length].
+    Of the buffers of equal models, stacked [models, numbers], the tensors of all, [models, ...].
     """
     found, offset = {}, 0
     for name, (*rows, length) in shapes(spec).items():
         size = padded(length) * (rows[0] if rows else 1)
         tensor = flat[..., offset : offset + size]
-        found[name] = (tensor.view(*flat.shape[:-1], -1, padded(length)) if rows else tensor)[..., :length]
+        found[name] = tensor.view(*flat.shape[:-1], *rows, padded(length))[..., :length]
         offset += size
     return found
 

@@ -41,32 +41,33 @@ def finite_or_inf(x: float) -> float:
     return math.copysign(math.inf, x) if abs(x) > LARGEST_FLOAT32 else x
 
 
-def twice_the_schedule(schedule: str, steps: int, first: int, count: int) -> np.ndarray:
-    """What half the base rate is multiplied with in updates `first` to `first + count`: float64 [count], 0 to 2."""
+def learning_rates(spec: ModelSpec, first: int, count: int) -> list[float]:
+    """The learning rates of updates `first` to `first + count`: made in float64, rounded to float32."""
+    rates: list[float] = rate_table([spec], first, count)[0].tolist()
+    return rates
+
+
+def rate_table(specs: Sequence[ModelSpec], first: int, count: int) -> np.ndarray:
+    """The learning rates of many models, float32 [models, count]: each schedule is computed once."""
     t = np.arange(first, first + count)
-    if schedule == "constant":
-        return np.full(count, 2.0)
-    if schedule == "cosine":
-        return np.asarray(1 + np.cos(np.pi * (t / steps)))
-    phase = t % (2 * PUBLISHED_HALF_PERIOD) / PUBLISHED_HALF_PERIOD  # whole periods first: exact for any t
-    return np.asarray(1 + np.cos(np.pi * phase))
-
-
-def learning_rate_table(specs: Sequence[ModelSpec], first: int, count: int) -> np.ndarray:
-    """The learning rates of updates `first` to `first + count` of each model, float32 [A, count]: made in float64."""
-    schedules = [(spec.schedule, spec.steps if spec.schedule == "cosine" else 0) for spec in specs]
-    halves = 0.5 * np.array([spec.lr for spec in specs])
+    waves: dict[tuple[str, int], np.ndarray] = {}
     table = np.empty((len(specs), count), np.float32)
-    for schedule in set(schedules):
-        own = np.array([other == schedule for other in schedules])
-        table[own] = halves[own, None] * twice_the_schedule(*schedule, first, count)
+    for row, spec in zip(table, specs, strict=True):
+        key = spec.schedule, spec.steps if spec.schedule == "cosine" else 0
+        if key not in waves:
+            waves[key] = _wave(spec, t)
+        row[:] = spec.lr * 0.5 * waves[key]
     return table
 
 
-def learning_rates(spec: ModelSpec, first: int, count: int) -> list[float]:
-    """The learning rates of updates `first` to `first + count`: made in float64, rounded to float32."""
-    result: list[float] = learning_rate_table([spec], first, count)[0].tolist()
-    return result
+def _wave(spec: ModelSpec, t: np.ndarray) -> np.ndarray:
+    """1 + cos of a schedule's phase at the updates t, float64: twice its share of the base rate."""
+    if spec.schedule == "constant":
+        return np.full(len(t), 2.0)
+    if spec.schedule == "cosine":
+        return 1 + np.cos(np.pi * (t / spec.steps))
+    phase = t % (2 * PUBLISHED_HALF_PERIOD) / PUBLISHED_HALF_PERIOD  # whole periods first: exact for any t
+    return 1 + np.cos(np.pi * phase)
 
 
 def bias_factor(spec: ModelSpec, step: int) -> float:

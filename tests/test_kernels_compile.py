@@ -24,6 +24,23 @@ def test_no_half_precision_kernel_spills_and_the_table_of_resources_is_current()
 
 
 @pytest.mark.skipif(INTERPRETING, reason="kernels are something else in the interpreter")
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("kernel", ["forward", "backward", "narrow", "project", "resident"])
+def test_the_memory_of_a_programs_descriptors_is_what_the_compiled_kernel_asks_for(kernel, architecture):
+    from benchmarks import kernel_resources as table
+    from fastmono.engines.device_memory import DESCRIPTOR_BYTES, descriptors_of
+
+    shape = {"narrow": "narrow 64", "resident": "demo"}.get(kernel, "published")
+    variants = [table.Variant(kernel, shape, "bf16")]
+    if architecture == 90 and kernel in ("forward", "backward"):
+        variants += [table.Variant(kernel, shape, "bf16", **other) for other in ({"activation": "gelu"}, {"linear": 1})]
+    for variant in variants:
+        expected = descriptors_of(table.launch_of(variant, architecture), variant.activation).get(kernel, 0)
+        found = table.compile_variant(variant, architecture).metadata.global_scratch_size
+        assert found == DESCRIPTOR_BYTES * expected, variant
+
+
+@pytest.mark.skipif(INTERPRETING, reason="kernels are something else in the interpreter")
 @pytest.mark.parametrize("file", ["project", "survey", "forward", "backward", "narrow", "update", "resident"])
 def test_no_number_that_a_kernel_is_given_makes_another_binary(file):
     """Triton compiles anew for 1 and for multiples of 16: which models stand beside one must not show in its code."""

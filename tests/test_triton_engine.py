@@ -1,24 +1,180 @@
 """The Triton engine around its kernels: settings, memory, errors, the main job. `test_kernels.py` runs these too."""
 
 import dataclasses
+import math
+import time
 
 import pytest
 import torch
 from test_kernels import BASE, HAS_TRITON, INTERPRETING, SMALL, both, interpreted, regime, trained
 
 import fastmono as fm
-from fastmono.block import Block
+from fastmono.block import Block, Model, views
 from fastmono.engines.launch import choose_launch, note_on
+from fastmono.frequencies import presence_probabilities, scales, thresholds
+from fastmono.optim import learning_rates
 from fastmono.plan import MEMORY_SHARE, Machine, make_plan
 from fastmono.trainer import Options
 
 if HAS_TRITON:
+    from fastmono.engines import device_memory, triton_launch
     from fastmono.engines import triton as engine_module
 
 __all__ = ["regime"]  # a fixture
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+PARTS = ("parameters", "first_moment", "second_moment")
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.fixture
+def no_launches(monkeypatch):
+    """The engine's host side alone, as for an H100: whatever it would launch is nothing."""
+
+    class Idle(engine_module.TritonEngine):
+        def __init__(self, precision):
+            super().__init__(precision)
+            self.architecture = 90
+
+        def _run(self, *arguments):
+            pass
+
+    monkeypatch.setattr(engine_module, "is_interpreting", lambda: True)
+    return Idle("fp32")
+
+
+def filled(specs, seed=0):
+    """A block whose models hold random numbers, those of each another."""
+    generator, block = torch.Generator().manual_seed(seed), Block.new(specs)
+    for model in block.models:
+        for part in PARTS:
+            flat = getattr(model, part)
+            for tensor in views(model.spec, flat).values() if len(flat) else ():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return block
+
+
+def rows_of_one_model(model, part, M, LO):
+    """Its rows of the packed tensors, tensor by tensor, zero where there is none."""
+    spec, flat = model.spec, getattr(model, part)
+    k, r = spec.n_neurons, spec.linear_path
+    found = {"W_in": torch.zeros(k + r, M), "b": torch.zeros(k + r), "W_outT": torch.zeros(k + r, LO)}
+    own = views(spec, flat) if len(flat) else {}
+    for name, tensor in own.items():
+        if name == "b":
+            found["b"][:k] = tensor
+        else:
+            rows = slice(k, k + r) if name.startswith("L_") else slice(0, k)
+            found[name.replace("L_in", "W_in").replace("L_out", "W_out")][rows, : tensor.shape[1]] = tensor
+    return found
+
+
+@needs_triton
+@pytest.mark.parametrize("optimizer", ["lamb", "sgd"])
+@pytest.mark.parametrize("at_once", [1, 1000, 2**18])
+def test_packed_tensors_are_those_of_the_models_one_after_another(optimizer, at_once, monkeypatch):
+    """Widths, ranks and streams mixed, some of them in runs; a diverged model in one of them keeps what it has."""
+    monkeypatch.setattr(engine_module, "NUMBERS_A_COPY", at_once)
+    base = BASE.replace(optimizer=optimizer)
+    shapes = [(19, 0), (19, 0), (9, 2), (9, 2), (9, 2), (9, 2), (35, 0), (19, 0), (2, 3)]
+    specs = [
+        base.replace(
+            n_neurons=k, linear_path=r, seed=i % 3, lr=0.01 * (1 + i % 2), steps=5 + i % 2,
+            frequency="power_law" if i == 4 else "uniform", feature_prob=0.1 if i == 7 else 0.2,
+        )
+        for i, (k, r) in enumerate(shapes)
+    ]  # fmt: skip
+    block = filled(specs)
+    block.models[3].diverged_step = 2
+    packed = engine_module.Packed(block, "fp32", torch.device("cpu"), 90)
+    assert packed.models == [block.models[i] for i in packed.order]
+    for part in PARTS:
+        each = [rows_of_one_model(model, part, packed.M, packed.LO) for model in packed.models]
+        for name, tensor in getattr(packed, part).items():
+            assert torch.equal(tensor, torch.cat([rows[name] for rows in each])), (part, name)
+    assert packed.place.tolist() == [i for m in packed.models for n in (m.spec.n_neurons, m.spec.linear_path)
+                                     for i in range(n)]  # fmt: skip
+    for model, row in zip(packed.models, packed.table.tolist(), strict=True):
+        spec, stream = model.spec, row[2]
+        assert (row[0], row[3], row[4]) == (spec.n_neurons, spec.steps, spec.linear_path)
+        p = presence_probabilities(spec.n_features, spec.feature_prob, spec.frequency)
+        assert packed.seeds[stream] == spec.seed and torch.equal(packed.P[stream, :, : len(model.P)], model.P.T)
+        assert packed.last[stream].tolist() == (thresholds(p) - 1).tolist()
+        assert packed.scale[stream].tolist() == scales(p).tolist()
+    assert len(packed.seeds) == len({(spec.seed, spec.frequency, spec.feature_prob) for spec in specs})
+
+    other = filled(specs, seed=1)
+    trained_since = engine_module.Packed(other, "fp32", torch.device("cpu"), 90)
+    kept = [getattr(block.models[3], part).clone() for part in PARTS]
+    for part in PARTS:
+        setattr(packed, part, getattr(trained_since, part))
+    packed.fetch()
+    for i, (model, new) in enumerate(zip(block.models, other.models, strict=True)):
+        expected = kept if i == 3 else [getattr(new, part) for part in PARTS]
+        assert all(torch.equal(getattr(model, part), flat) for part, flat in zip(PARTS, expected, strict=True)), i
+
+
+@needs_triton
+def test_each_model_is_given_the_learning_rates_of_its_own_schedule(no_launches):
+    specs = [
+        SMALL.replace(schedule=schedule, lr=lr, steps=steps, seed=seed)
+        for seed in range(2)
+        for schedule in ("published", "cosine", "constant")
+        for lr, steps in ((0.01, 1500), (0.01, 2000), (0.03, 1500))
+    ]
+    block = Block.new(specs)
+    no_launches.advance(block, 1100)
+    packed = no_launches._packed
+    for row, model in zip(packed.rates, packed.models, strict=True):
+        assert row[:76].tolist() == learning_rates(model.spec, 1024, 76)
+        assert row[76:].tolist() == learning_rates(model.spec, 76, 948)  # of the call before
+
+
+@needs_triton
+@pytest.mark.parametrize("changes", [{}, {"activation": "gelu"}, {"linear_path": 8}, {"n_neurons": 48}])
+def test_the_memory_of_descriptors_is_that_of_the_programs_that_make_them(changes, monkeypatch):
+    base = fm.ModelSpec(batch_size=2048, n_features=128, d_embed=16, n_neurons=300).replace(**changes)
+    specs = [base.replace(n_neurons=base.n_neurons + 8 * (i % 3), lr=0.01 * (i + 1)) for i in range(37)]
+    packed = engine_module.Packed(Block.new(specs), "bf16", torch.device("cpu"), 90)
+    programs = {}
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            programs[self.name] = programs.get(self.name, 0) + math.prod(grid)
+            return lambda *arguments, **settings: None
+
+    for name in [name for name in vars(triton_launch) if name.endswith("_kernel")]:
+        monkeypatch.setattr(triton_launch, name, Recorder(name.removesuffix("_kernel")))
+    triton_launch.launch_step(packed, packed.groups, True)
+    launches = engine_module.launches_of(specs, "bf16", 90)
+    found = 0
+    for kernel, each in device_memory.descriptors_of(launches[0], base.activation).items():
+        found += 128 * each * programs[kernel]
+    assert found == device_memory.descriptor_bytes(specs, launches) > 0
+    assert ("narrow" in programs) == (base.n_neurons == 48)
+    # sm_80 has no such descriptors.
+    old = engine_module.launches_of(specs, "bf16", 80)
+    assert device_memory.descriptor_bytes(specs, old) == 0
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("widths", [(128,), (128, 96)])
+def test_the_host_work_of_thousands_of_models_takes_seconds(no_launches, widths):
+    """Some 2 s are usual on one core of a server; what grows with the square of the models would take minutes."""
+    base = fm.ModelSpec(n_features=64, d_embed=16, feature_prob=1 / 16, batch_size=256)
+    P = torch.randn(16, 64)
+    specs = [base.replace(n_neurons=widths[i % len(widths)], lr=1e-5 * (i + 1), seed=i) for i in range(4096)]
+    block = Block([Model(spec, projections=(P.clone(), None)) for spec in specs])
+    start = time.perf_counter()
+    no_launches.device_bytes(specs, "fp32", 90)
+    no_launches.advance(block, 2048)
+    no_launches.fetch(block)
+    assert time.perf_counter() - start < 20
+
+
+@needs_triton
 def test_a_grid_larger_than_the_gpu_is_planned_as_blocks_that_fit_it():
     grid = fm.Grid(SMALL, lr=[0.01, 0.02], seed=range(5))
     needed = engine_module.TritonEngine.device_bytes(grid.specs[:3], "bf16", 90)

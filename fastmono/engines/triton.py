@@ -6,17 +6,19 @@ share a launch. Without a GPU, `TRITON_INTERPRET=1` runs the same kernels on the
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, groupby
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
 
 from fastmono.block import PRECISIONS, Block, EngineError, Model, views
+from fastmono.engines.device_memory import N_NORMS, block_bytes
 from fastmono.engines.launch import (
     LARGEST_GRID,
     ROWS_A_SURVEY,
@@ -32,7 +34,7 @@ from fastmono.engines.launch import (
 from fastmono.engines.switches import Switches
 from fastmono.engines.triton_launch import STEPS_A_CALL, launch_resident, launch_step
 from fastmono.frequencies import presence_probabilities, scales, thresholds
-from fastmono.optim import adam_corrections, bias_factor, decay_strength, learning_rate_table
+from fastmono.optim import adam_corrections, bias_factor, decay_strength, rate_table
 from fastmono.philox import stream_key
 from fastmono.spec import ModelSpec
 
@@ -40,10 +42,11 @@ PARTS = ("parameters", "first_moment", "second_moment")
 GRAPH_STEPS = 32
 OLDEST_TRITON = (3, 4)
 """Older ones have no descriptors of tiles in memory."""
-N_FIELDS, N_FACTORS, N_NORMS = 6, 3, 6
 LINEAR_ROWS = {"L_in": "W_in", "L_outT": "W_outT"}
 """Tensors of the linear path, and behind whose rows they are packed."""
 NO_SWITCHES = Switches()
+NUMBERS_A_COPY = 2**18
+"""Numbers of small models that are copied together between host and device: what stays in cache, 1 MiB."""
 OPERAND = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -57,6 +60,18 @@ def is_available() -> bool:
     return torch.cuda.is_available() or is_interpreting()
 
 
+def numbered(keys: Iterable[Hashable]) -> tuple[list[int], list[int]]:
+    """Each key's number, by first appearance, and where each number appears first."""
+    numbers: dict[Hashable, int] = {}
+    found, firsts = [], []
+    for i, key in enumerate(keys):
+        if key not in numbers:
+            numbers[key] = len(numbers)
+            firsts.append(i)
+        found.append(numbers[key])
+    return found, firsts
+
+
 def last_line(error: BaseException) -> str:
     """What an error says in the end: compilers print pages before."""
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -66,14 +81,16 @@ def last_line(error: BaseException) -> str:
 def launches_of(
     specs: Sequence[ModelSpec], precision: str, architecture: int, switches: Switches = NO_SWITCHES
 ) -> list[Launch]:
-    """The launch settings of each model of a block."""
-    return [
-        switches.apply(choose_launch(
+    """The launch settings of each model of a block: chosen once for all of a shape."""
+    shapes = [
+        (
             architecture, s.n_features, s.d_embed, rows_of(s), s.d_output, s.batch_size, precision, s.activation,
             s.linear_path > 0, s.bias_decay_mode if s.bias_decay else "global", switches.regime,
-        ))
+        )
         for s in specs
     ]  # fmt: skip
+    chosen = {shape: switches.apply(choose_launch(*shape)) for shape in dict.fromkeys(shapes)}
+    return [chosen[shape] for shape in shapes]
 
 
 class Packed:
@@ -88,9 +105,10 @@ class Packed:
         self.operand = OPERAND[precision]
         o, B = spec.d_output, spec.batch_size
         launches = launches_of(specs, precision, architecture, switches)
+        names = {launch: repr(launch) for launch in dict.fromkeys(launches)}
         # Models that leave nothing out take longest: begun first, they do not end last. Otherwise the order is kept, in
         # which those that share a batch stand side by side.
-        order = sorted(range(len(launches)), key=lambda i: (repr(launches[i]), last_survey(specs[i]) >= 0))
+        order = sorted(range(len(launches)), key=lambda i: (names[launches[i]], last_survey(specs[i]) >= 0))
         self.order = order
         self.models: list[Model] = [block.models[i] for i in order]
         self.groups: list[tuple[Launch, int, int]] = []  # settings, first model, how many
@@ -109,9 +127,11 @@ class Packed:
         """Many steps captured, with surveys and without."""
 
     def _pack_parameters(self) -> None:
-        widths = [rows_of(model.spec) for model in self.models]
-        *starts, self.rows = accumulate(widths, initial=0)
-        self.slices = [slice(start, start + width) for start, width in zip(starts, widths, strict=True)]
+        ends = list(itertools.accumulate(rows_of(model.spec) for model in self.models))
+        starts, self.rows = [0, *ends[:-1]], ends[-1]
+        self.slices = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+        self.neurons = np.array([model.spec.n_neurons for model in self.models])
+        self.ranks = np.array([model.spec.linear_path for model in self.models])
 
         self.parameters, self.first_moment, self.second_moment = (self._packed(part) for part in PARTS)
         # Of a model that is surveyed only the active neurons, one after another, renewed at each step.
@@ -119,50 +139,50 @@ class Packed:
             name: tensor.clone() if name == "b" or self.precision == "fp32" else self.round(tensor)
             for name, tensor in self.parameters.items()
         }
-        parts = torch.tensor([n for m in self.models for n in (m.spec.n_neurons, m.spec.linear_path)])
-        first = torch.repeat_interleave(parts.cumsum(0) - parts, parts)
-        self.place = (torch.arange(self.rows) - first).to(device=self.device, dtype=torch.int32)
-        self.used = torch.tensor([m.spec.n_neurons for m in self.models], dtype=torch.int32, device=self.device)
+        self.place = torch.from_numpy(self._places()).to(device=self.device, dtype=torch.int32)
+        self.used = torch.from_numpy(self.neurons).to(device=self.device, dtype=torch.int32)
         self.last_surveys = [last_survey(model.spec) for model in self.models]
+
+    def _places(self) -> np.ndarray:
+        """int64 [rows]: each neuron's number in its model, and in the rows of a linear path theirs."""
+        counts = np.stack([self.neurons, self.ranks], 1).flatten()
+        return np.arange(self.rows) - np.repeat(np.cumsum(counts) - counts, counts)
 
     def _packed(self, part: str) -> dict[str, Tensor]:
         """One part of every model's state, zero where there is none: put together on the host, and copied at once."""
         packed: dict[str, Tensor] = {}
         for name, shape in {"W_in": (self.rows, self.M), "b": (self.rows,), "W_outT": (self.rows, self.LO)}.items():
             packed[name] = torch.zeros(shape)
-        for spec, flats, rows in self._runs(part):
-            for packed_view, view in self._views(packed, spec, torch.stack(flats), rows):
-                packed_view.copy_(view)
+        for _, _, pairs in self._runs(packed, part):
+            for own, view in pairs:
+                own.copy_(view)
         return {name: host.to(self.device) for name, host in packed.items()}
 
-    def _runs(self, part: str, diverged: bool = True) -> Iterator[tuple[ModelSpec, list[Tensor], slice]]:
-        """That part of the models, one run of equal shapes after another: a spec, flat buffers, and packed rows.
+    def _runs(
+        self, packed: dict[str, Tensor], part: str, diverged: bool = True
+    ) -> Iterator[tuple[list[Tensor], Tensor, list[tuple[Tensor, Tensor]]]]:
+        """That part of models of equal shape that stand one after another: their buffers; these stacked; and for each
+        tensor in the stack where it stands in `packed`, and itself. One copy then serves many small models."""
 
-        Thousands of small models are copied together: one by one they take seconds.
-        """
+        def kind(i: int) -> tuple[int, int, bool]:
+            spec = self.models[i].spec
+            return spec.n_neurons, spec.linear_path, diverged or self.models[i].diverged_step is None
 
-        def key(pair: tuple[Model, slice]) -> tuple[int, int, int, bool]:
-            spec, flat = pair[0].spec, getattr(pair[0], part)
-            taken = len(flat) > 0 and (diverged or pair[0].diverged_step is None)
-            return spec.n_neurons, spec.linear_path, len(flat), taken
-
-        for (*_, taken), run in groupby(zip(self.models, self.slices, strict=True), key):
-            models, slices = zip(*run, strict=True)
-            if taken:
-                flats = [getattr(model, part) for model in models]
-                yield models[0].spec, flats, slice(slices[0].start, slices[-1].stop)
-
-    def _views(
-        self, packed: dict[str, Tensor], spec: ModelSpec, stacked: Tensor, rows: slice
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each tensor of a run of models: where it stands in `packed`, and its view of their stacked buffers."""
-        n = len(stacked)
-        for name, view in views(spec, stacked).items():
-            own = packed[LINEAR_ROWS.get(name, name)][rows]
-            own = own.view(n, rows_of(spec), *own.shape[1:])
-            first = spec.n_neurons if name in LINEAR_ROWS else 0
-            here = own[:, first : first + view.shape[1]]
-            yield (here if view.dim() == 2 else here[..., : view.shape[2]]), view
+        for (k, r, wanted), run in itertools.groupby(range(len(self.models)), kind):
+            places = list(run)
+            size = len(getattr(self.models[places[0]], part))
+            if size == 0 or not wanted:
+                continue
+            count = max(1, NUMBERS_A_COPY // size)
+            for some in (places[i : i + count] for i in range(0, len(places), count)):
+                flats = [getattr(self.models[i], part) for i in some]
+                stacked = torch.stack(flats) if len(flats) > 1 else flats[0][None]
+                rows, pairs = slice(self.slices[some[0]].start, self.slices[some[-1]].stop), []
+                for name, view in views(self.models[some[0]].spec, stacked).items():
+                    own = packed[LINEAR_ROWS.get(name, name)][rows].unflatten(0, (len(flats), k + r))
+                    own = own[:, k:] if name in LINEAR_ROWS else own[:, :k]
+                    pairs.append((own[..., : view.shape[-1]], view))  # what is not padding
+                yield flats, stacked, pairs
 
     def round(self, tensor: Tensor) -> Tensor:
         """A float32 tensor as an operand: the same memory where nothing is rounded."""
@@ -172,27 +192,28 @@ class Packed:
 
     def _pack_streams(self) -> None:
         keys = [(stream_key(model.spec), id(model.P)) for model in self.models]
-        first_of = dict(reversed(list(zip(keys, self.models, strict=True))))
-        distinct = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        firsts = [first_of[key] for key in distinct]
+        streams, first = numbered(keys)
+        firsts = [self.models[i] for i in first]
         N, M = self.spec.n_features, self.M
 
         def transposed(projections: list[Tensor]) -> Tensor:
             stacked = torch.zeros(len(projections), N, M)
-            for i, P in enumerate(projections):
-                stacked[i, :, : P.shape[0]] = P.T
+            for own, P in zip(stacked, projections, strict=True):
+                own[:, : P.shape[0]] = P.T
             return self.round(stacked.to(self.device))
 
         share = 0.5 if self.spec.task == "abs" else 1.0
-        p = [presence_probabilities(N, share * m.spec.feature_prob, m.spec.frequency) for m in firsts]
-        self.last = torch.stack([torch.from_numpy(thresholds(x) - 1) for x in p]).to(self.device)
-        self.scale = torch.stack([torch.from_numpy(scales(x)) for x in p]).to(self.device)
+        skews = [(m.spec.feature_prob, m.spec.frequency) for m in firsts]
+        found = {skew: presence_probabilities(N, share * skew[0], skew[1]) for skew in dict.fromkeys(skews)}
+        p = np.stack([found[skew] for skew in skews])
+        self.last = torch.from_numpy(thresholds(p) - 1).to(self.device)
+        self.scale = torch.from_numpy(scales(p)).to(self.device)
         self.seeds = torch.tensor([m.spec.seed for m in firsts], dtype=torch.int64, device=self.device)
         self.P = transposed([m.P for m in firsts])
         self.P2 = transposed([m.P2 for m in firsts if m.P2 is not None]) if firsts[0].P2 is not None else self.P
         table = [
-            [model.spec.n_neurons, rows.start, distinct[key], model.spec.steps, model.spec.linear_path, last]
-            for model, rows, key, last in zip(self.models, self.slices, keys, self.last_surveys, strict=True)
+            [model.spec.n_neurons, rows.start, stream, model.spec.steps, model.spec.linear_path, last]
+            for model, rows, stream, last in zip(self.models, self.slices, streams, self.last_surveys, strict=True)
         ]
         specs = [model.spec for model in self.models]
         factors = [[spec.l1 / 2, bias_factor(spec, 0), decay_strength(spec, 0)] for spec in specs]
@@ -224,6 +245,10 @@ class Packed:
         self.norms = empty(A, self.chunks, N_NORMS)
         self.step = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.rates = torch.zeros(A, STEPS_A_CALL, device=self.device)
+        numbers, firsts = numbered([(m.spec.schedule, m.spec.steps, m.spec.lr) for m in self.models])
+        self.scheduled = [self.models[i].spec for i in firsts]
+        """A model for each course that a learning rate takes; `course` has its number for every model."""
+        self.course = torch.tensor(numbers, device=self.device)
         self.corrections = torch.ones(STEPS_A_CALL, 2, device=self.device)
         self.losses = empty(A, STEPS_A_CALL)
 
@@ -239,12 +264,12 @@ class Packed:
         """Bring parameters and moments back to the models that have not diverged."""
         for part in PARTS:
             host = {name: tensor.cpu() for name, tensor in getattr(self, part).items()}
-            for spec, flats, rows in self._runs(part, diverged=False):
-                stacked = torch.stack(flats)  # with what pads their rows
-                for packed_view, view in self._views(host, spec, stacked, rows):
-                    view.copy_(packed_view)
-                for flat, fetched in zip(flats, stacked, strict=True):
-                    flat.copy_(fetched)
+            for flats, stacked, pairs in self._runs(host, part, diverged=False):
+                for own, view in pairs:
+                    view.copy_(own)
+                if len(flats) > 1:
+                    for flat, values in zip(flats, stacked, strict=True):
+                        flat.copy_(values)
 
 
 class TritonEngine:
@@ -296,10 +321,11 @@ class TritonEngine:
         packed, parts = self._pack(block), []
         while n_steps > 0:
             n = min(n_steps, STEPS_A_CALL)
-            rates = learning_rate_table([model.spec for model in packed.models], block.step, n)
-            packed.rates[:, :n] = torch.from_numpy(rates)
-            steps = range(block.step, block.step + n)
-            packed.corrections[:n] = torch.tensor([adam_corrections(t) for t in steps])
+            rates = torch.from_numpy(rate_table(packed.scheduled, block.step, n)).to(self.device)
+            torch.index_select(rates, 0, packed.course, out=packed.rates[:, :n])
+            if packed.spec.optimizer == "adamw":
+                steps = range(block.step, block.step + n)
+                packed.corrections[:n] = torch.tensor([adam_corrections(t) for t in steps])
             packed.step.copy_(torch.tensor([block.step, block.step]))
             packed.losses.fill_(torch.nan)
             try:
@@ -355,27 +381,9 @@ class TritonEngine:
     def device_bytes(
         specs: Sequence[ModelSpec], precision: str, architecture: int, switches: Switches = NO_SWITCHES
     ) -> int:
-        """Memory that a block takes on the device: what `Packed` allocates."""
-        spec = specs[0]
-        N, o, B = spec.n_features, spec.d_output, spec.batch_size
+        """Memory that a block takes on the device: what `Packed` allocates, and what Triton asks for at launches."""
         launches = launches_of(specs, precision, architecture, switches)
-        M, LO, size = launches[0].M, whole_rows(o), OPERAND[precision].itemsize
-        rows, A = sum(map(rows_of, specs)), len(specs)
-        row_parts, parts, loss_parts = scratch_parts(launches, B, o)
-        chunks = max(tiles_of(s, launch.BA) for s, launch in zip(specs, launches, strict=True))
-        state = rows * ((12 + size) * (M + LO) + 16)
-        survey = rows * (4 + -(-B // ROWS_A_SURVEY)) + 4 * A
-        gradients = 4 * rows * (row_parts * LO + parts * (M + 1))
-        streams = len({stream_key(s) for s in specs})
-        batches = max(A, streams) if any(launch.regime == "resident" for launch in launches) else streams
-        second = 2 if spec.task == "reprojector" else 1
-        stored = 0 if all(launch.fused for launch in launches) else A * B * LO + rows * whole_rows(B)
-        activations = size * (stored + batches * B * M) + 4 * batches * B * LO
-        sampling = streams * (N * (second * size * M + 12) + 8)
-        tables = A * (8 * N_FIELDS + 4 * N_FACTORS + 8 + 8 * STEPS_A_CALL) + 8 * STEPS_A_CALL + 16
-        return (
-            state + survey + gradients + activations + sampling + tables + 4 * A * (loss_parts + chunks * (3 + N_NORMS))
-        )
+        return block_bytes(specs, launches, OPERAND[precision].itemsize, compiled=architecture > 0)
 
     @staticmethod
     def workspace_bytes(spec: ModelSpec, n_streams: int) -> int:

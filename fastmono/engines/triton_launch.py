@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastmono.engines.launch import LARGEST_GRID, ROWS_A_SURVEY, Launch, loss_parts, tiles_of
+from fastmono.engines.launch import LARGEST_GRID, ROWS_A_SURVEY, Launch, loss_parts
 from fastmono.kernels.backward import backward_kernel
 from fastmono.kernels.forward import forward_kernel
 from fastmono.kernels.narrow import narrow_kernel
@@ -38,11 +38,11 @@ def launch_step(packed: Packed, groups: list[tuple[Launch, int, int]], surveys: 
         p, q = A.parameters, A.operands
         row_tiles, tiles, row_parts = -(-B // launch.BR), -(-o // launch.BO), -(-B // launch.rows)
         parts = row_parts * -(-o // launch.BP)
-        specs = [model.spec for model in A.models[first : first + count]]
-        back, chunks = (max(tiles_of(s, size) for s in specs) for size in (launch.BL, launch.BA))
+        k, r = A.neurons[first : first + count], A.ranks[first : first + count]
+        back, chunks = (int((-(-k // size) + -(-r // size)).max()) for size in (launch.BL, launch.BA))
         beside = min(count, SIDE_BY_SIDE)
         if surveys and max(A.last_surveys[first : first + count]) >= 0:
-            widest = max(spec.n_neurons for spec in specs)
+            widest = int(k.max())
             survey_kernel[(-(-widest // launch.BV), len(A.flags), count)](
                 A.table, A.diverged, A.step, A.x, p["W_in"], p["b"], A.flags, B, ROWS_A_SURVEY, A.rows, first,
                 PRECISION=precision, M=M, BR=launch.BV, BK=launch.BV, **launch.options("survey"),
