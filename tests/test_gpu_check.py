@@ -119,7 +119,7 @@ def rehearsed(call, folder, seconds):
 @needs_triton
 @pytest.mark.slow
 def test_call_1_is_rehearsed_and_every_planted_fault_has_its_line(tmp_path):
-    text, _ = rehearsed(1, tmp_path, 240)
+    text, _ = rehearsed(1, tmp_path, 300)
     for line in (
         "| right | passed | 1 of 1 |", "| wrong | failed | 0 of 1 | wrong result |", "| crash | crashed (SIGABRT) |",
         "| kill | crashed (SIGKILL) |", "| hang | cut off |", "| memory | out of memory | 0 of 1 | out of memory |",
@@ -133,7 +133,7 @@ def test_call_1_is_rehearsed_and_every_planted_fault_has_its_line(tmp_path):
 @needs_triton
 @pytest.mark.slow
 def test_call_2_is_rehearsed_and_the_others_take_their_turns_beside_planted_faults(tmp_path):
-    text, lines = rehearsed(2, tmp_path, 240)
+    text, lines = rehearsed(2, tmp_path, 300)
     for line in (
         "| crash | crashed (SIGABRT) |", "| kill | crashed (SIGKILL) |", "| hang | cut off |",
         "| memory | failed: OutOfMemoryError", "| wrong | wrong result: gate failed",
@@ -149,7 +149,7 @@ def test_call_2_is_rehearsed_and_the_others_take_their_turns_beside_planted_faul
 @needs_triton
 @pytest.mark.slow
 def test_call_3_is_rehearsed_and_an_alternative_that_trains_something_else_is_out(tmp_path):
-    text, lines = rehearsed(3, tmp_path, 240)
+    text, lines = rehearsed(3, tmp_path, 300)
     assert "| wrong | wrong result: off by" in text and "| few | passed |" in text
     assert all(f"| {fault} |" in text for fault in FAULTS)
     expected = tuning.PUBLISHED["update by 32 rows"].expected

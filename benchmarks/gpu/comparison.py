@@ -32,8 +32,9 @@ LATER = 2000
 """Step of the second state of the paper's grid, where models that were dead have begun to learn."""
 ROUNDS, TURN_SECONDS, LEAST_STEPS, MOST_STEPS = 3, 0.3, 4, 2048
 """Turns of each contestant from each state, about how long they are, and of how many steps at least and at most."""
-PREPARE_SECONDS, GATE_SECONDS, TURN_LIMIT, MAIN_JOB_SECONDS, RESERVE = 80.0, 30.0, 15.0, 45.0, 3.0
-"""Limits: until all have compiled, since the beginning; of a match's gate, a turn, the main job; for the page."""
+PREPARE_SECONDS, REHEARSED_SECONDS, TURN_LIMIT, MAIN_JOB_SECONDS, RESERVE = 105.0, 60.0, 15.0, 45.0, 3.0
+"""Limits: until all have compiled and passed the gate, since the beginning, and in a rehearsal; of a turn, of the main
+job; for the page."""
 GATE_STREAMS, GATE_STEPS = 4, 16
 
 
@@ -58,7 +59,13 @@ class Match:
     gated: str
     later: int = 0
     players: list[Player] = field(default_factory=list)
+
     states: dict[str, tuple[Path, int]] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """published or tiny: the gate of all precisions is the same."""
+        return self.name.split()[0]
 
 
 def rehearsed_grid() -> tuple[ModelSpec, ...]:
@@ -115,46 +122,37 @@ def write_states(match: Match, folder: Path) -> None:
         match.states[name] = path, streams
     grid = match.grids[match.gated][0]
     telling = State.initial([grid[i] for i in most_telling(grid, 2)])
-    save(telling, folder / f"{match.name}.gate".replace(" ", "-"))
+    save(telling, folder / f"{match.kind}.gate")
 
 
-def prepare(flight: Flight, match: Match, device: str) -> None:
-    """Start all, and have each compile for every grid."""
+def gate_of(match: Match, folder: Path, rehearse: bool) -> dict[str, Any]:
+    """What the gate of a match is run with; matches of one kind share the reference's runs."""
+    steps = 4 if rehearse else GATE_STEPS
+    return {"start": str(folder / f"{match.kind}.gate"), "streams": GATE_STREAMS, "steps": steps}
+
+
+def prepare(flight: Flight, match: Match, device: str, folder: Path, gated: bool) -> None:
+    """Start all, and have each compile for every grid and go through the gate."""
     match.players = [Player(flight, label, name, device, switches) for label, name, switches in match.contestants]
     for player in match.players:
         for path, streams in match.states.values():
             player.tell(do="load", state=str(path), streams=streams)
             player.tell(do="turn", steps=2)
+        if gated:
+            how = gate_of(match, folder, flight.rehearse)
+            player.tell(do="gate", reference=f"{how['start']}-runs", **how)
 
 
 def prepared(flight: Flight, match: Match) -> None:
-    """Wait until all are ready, no longer than the time for that since the call began."""
-    ends = flight.seconds - (40.0 if flight.rehearse else PREPARE_SECONDS)
+    """Wait until all are ready, no longer than the time for that since the call began. Whoever does not train as the
+    reference does is out."""
+    ends = flight.seconds - (REHEARSED_SECONDS if flight.rehearse else PREPARE_SECONDS)
     for player in match.players:
         with contextlib.suppress(Gone):
-            player.hear(max(1.0, flight.left - ends))
-            flight.record("prepared", match=match.name, partner=player.label)
-
-
-def gate(flight: Flight, match: Match, reference: Player, folder: Path) -> None:
-    """Whoever does not train as the reference does is out."""
-    start = str(folder / f"{match.name}.gate".replace(" ", "-"))
-    runs = start + "-runs"
-    how = {"start": start, "streams": GATE_STREAMS, "steps": 4 if flight.rehearse else GATE_STEPS}
-    ends = flight.left - GATE_SECONDS
-    try:
-        reference.ask(GATE_SECONDS, do="reference", save=runs, **how)
-    except Gone as error:
-        flight.record("gate", match=match.name, status=f"no reference: {error}")
-        return
-    for player in match.players:
-        player.tell(do="gate", reference=runs, **how)
-    for player in match.players:
-        with contextlib.suppress(Gone):
-            found = player.hear(flight.left - ends)
-            flight.record("gate", match=match.name, partner=player.label, **found)
-            if not found["passed"]:
-                player.leave(f"wrong result: gate failed, {found['where']}")
+            verdict = player.hear(max(1.0, flight.left - ends))
+            flight.record("prepared", match=match.name, partner=player.label, **verdict)
+            if not verdict.get("passed", True):
+                player.leave(f"wrong result: gate failed, {verdict['where']}")
 
 
 def later_state(flight: Flight, match: Match, folder: Path) -> None:
@@ -217,12 +215,14 @@ def fly(flight: Flight) -> None:
     small = ["--small"] if flight.rehearse else []
     flight.run("device", [Job("device", python("benchmarks.gpu.device"), 20.0)])
     reference = Player(flight, "reference", "reference-fp32", "cpu", {})
-    for match in chosen:
-        write_states(match, folder)
-        prepare(flight, match, device)
+    for kind in dict.fromkeys(match.kind for match in chosen):
+        for match in (match for match in chosen if match.kind == kind):
+            write_states(match, folder)
+            prepare(flight, match, device, folder, gated=True)
+        how = gate_of(match, folder, flight.rehearse)
+        reference.tell(do="reference", save=f"{how['start']}-runs", **how)
     for match in chosen:
         prepared(flight, match)
-        gate(flight, match, reference, folder)
         if match.later:
             later_state(flight, match, folder)
     reference.leave("over")

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", type=int, default=1)
     parser.add_argument("--switches", type=json.loads, default={})
     arguments = parser.parse_args(argv)
-    specs = published_grid((0.0,)) if arguments.grid == "published" else [TINY.replace(seed=i) for i in range(16)]
+    specs = published_grid(0.0) if arguments.grid == "published" else [TINY.replace(seed=i) for i in range(16)]
     precision = "bf16" if has_gpu() else "fp32"
     engine = TritonEngine(precision, graphs=False, **arguments.switches)
     losses = engine.advance(Block.new(specs[: arguments.models]), arguments.steps)

@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     report(**{f"{name}_T": round(value / 1e12, 2) for name, value in machine.items()})
     precision, warm, timed, later = ("fp32", 1, 2, 4) if small else ("bf16", WARM, TIMED, LATER)
     for bias in (0.0, -1.0):
-        specs = published_grid((bias,))
+        specs = published_grid(bias)
         if small:
             specs = [s.replace(n_features=24, d_embed=8, n_neurons=32, batch_size=64) for s in specs[:2]]
         engine, block = TritonEngine(precision), Block.new(specs)

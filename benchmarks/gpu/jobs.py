@@ -58,9 +58,12 @@ class Child:
         *whole, self.rest = text.split("\n")
         found = []
         for line in whole:
-            if line.startswith(MARK):
-                found.append(json.loads(line[len(MARK) :]))
-            else:
+            try:
+                found.append(json.loads(line.removeprefix(MARK)) if line.startswith(MARK) else {})
+            except ValueError:  # broken by what another thread printed
+                found.append({})
+            if not found[-1]:
+                found.pop()
                 self.said = (self.said + line + "\n")[-LOG_BYTES:]
         return found
 

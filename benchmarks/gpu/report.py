@@ -9,6 +9,7 @@ from benchmarks.gpu.comparison import medians
 from benchmarks.gpu.tuning import PUBLISHED, SMALL
 
 Lines = Sequence[dict[str, Any]]
+GATES = {True: "passed", False: "failed", None: "not run"}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
@@ -131,8 +132,8 @@ def out(lines: Lines) -> list[str]:
     """Contestants that failed, and why."""
     rows = [(line["partner"], line["status"], line.get("tail", "").strip().splitlines()[-1:] or "-")
             for line in of_part(lines, "partner")]  # fmt: skip
-    gates = [(line["match"], line["partner"], "passed" if line["passed"] else "failed", line["worst"], line["where"])
-             for line in of_part(lines, "gate") if "passed" in line]  # fmt: skip
+    gates = [(line["match"], line["partner"], GATES[line.get("passed")], line.get("worst", "-"), line["where"])
+             for line in of_part(lines, "prepared") if "where" in line]  # fmt: skip
     apart = [(line["match"], line["partner"], line["off_by"]) for line in of_part(lines, "agreement")]
     return [*table(("match", "settings", "apart from today's, of the way gone"), apart),
             *table(("match", "contestant", "gate", "worst over bound", "where"), gates),

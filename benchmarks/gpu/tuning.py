@@ -161,7 +161,7 @@ def fly(flight: Flight) -> None:
     flight.run("device", [Job("device", python("benchmarks.gpu.device"), 20.0)])
     for match in chosen:
         write_states(match, folder)
-        prepare(flight, match, device)
+        prepare(flight, match, device, folder, gated=False)
     for match in chosen:
         prepared(flight, match)
         agree(flight, match, folder)
