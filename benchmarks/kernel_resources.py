@@ -60,7 +60,7 @@ COLUMNS = (
 )  # fmt: skip
 TEXTS = ("serialised", "triton")
 KEPT = ("3.6.0",)
-"""Tritons whose rows stay in the file beside those of the newest. Other chips than sm_90 may spill a little with them."""
+"""Tritons whose rows stay in the file beside those of the newest. With them, chips but sm_90 may spill a little."""
 INT64 = {"p_models", "p_diverged", "p_step", "p_seeds", "p_last"}
 
 
@@ -261,7 +261,7 @@ def resources(variant: Variant, architecture: int) -> dict[str, Any]:
         "num_warps": compiled.metadata.num_warps, "registers": registers, "stack": stack,
         "shared": compiled.metadata.shared, "expected": expected_instruction(variant, architecture),
         "HGMMA": count(r"\bHGMMA\b"), "HMMA": count(r"\bHMMA\."), "tcgen05": count(r"\bUTC[A-Z]*MMA"),
-        "FFMA": count(r"\bFFMA\b"), "LDG128": count(r"\bLDG(?:STS)?\.[A-Z.]*128"),
+        "FFMA": count(r"\bFFMA2?\b"), "LDG128": count(r"\bLDG(?:STS)?\.[A-Z.]*128"),
         "UTMALDG": count(r"\bUTMALDG\b"),
         "barriers": phase_barriers(code) if variant.kernel == "resident" else 0, **vars(found_in_code),
         "triton": triton.__version__,
@@ -335,6 +335,13 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def merged(rows: list[dict[str, Any]], table: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Fresh rows of one Triton beside those of the others: of the Tritons that are kept, and of the newest."""
+    fresh = rows[0]["triton"]
+    others = [old for old in table if old["triton"] != fresh and (fresh in KEPT or old["triton"] in KEPT)]
+    return sorted([*rows, *others], key=lambda row: str(row["triton"]))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Write the table, or check it. Exit codes: 0, 1 for what is wrong, 2 for a Triton that cannot be installed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -358,8 +365,7 @@ def main(argv: list[str] | None = None) -> int:
         left = (time.monotonic() - started) / len(rows) * (total - len(rows))
         what = " ".join(str(row[name]) for name in (*KEY, "registers", "stack", "shared"))
         print(f"{len(rows)} of {total}, {left:.0f} s left  {what}", file=sys.stderr, flush=True)
-    others = [old for old in read(arguments.out) if old["triton"] in KEPT and old["triton"] != triton.__version__]
-    write_csv(arguments.out, COLUMNS, sorted([*rows, *others], key=lambda row: str(row["triton"])))
+    write_csv(arguments.out, COLUMNS, merged(rows, read(arguments.out)))
     return 0
 
 

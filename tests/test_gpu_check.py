@@ -142,7 +142,7 @@ def test_call_2_is_rehearsed_and_the_others_take_their_turns_beside_planted_faul
         assert line in text, line
     found = comparison.medians(lines)
     assert set(found["published fp32", "grid"]) == set(found["published fp32", "grid, step 16"]) == {"ours", "bmm"}
-    for state in ("2 models", "4 models"):
+    for state in ("2 models", "1 model"):
         assert set(found["tiny fp32", state]) == {"ours resident", "ours streamed", "bmm"}
 
 
