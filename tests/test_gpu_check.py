@@ -107,6 +107,17 @@ def test_every_alternative_is_one_that_the_engine_takes_and_says_what_is_expecte
         Switches.of(**{"regime": "auto", "bulk": True, "graphs": True, "launch": None, **other.arguments()})
 
 
+def test_the_page_shows_which_kernel_an_alternative_changes():
+    lines = [
+        {"part": "profile", "match": "published", "state": "grid", "partner": partner,
+         "kernels": {"forward_kernel": ms, "backward_kernel": 0.4}}
+        for partner, ms in (("today", 0.25), ("forward, two stages", 0.3))
+    ]  # fmt: skip
+    text = page(3, lines, 1.0, False)
+    assert "| us a step | backward | forward |" in text
+    assert "| today | 400.0 | 250.0 |" in text and "| forward, two stages | 400.0 | 300.0 |" in text
+
+
 def rehearsed(call, folder, seconds):
     """The page and the lines of a rehearsal, which ends well if those parts failed that were planted, and no other."""
     done = check("--call", str(call), "--rehearse", "--out", str(folder), "--seconds", str(seconds))

@@ -187,8 +187,10 @@ def rounds(flight: Flight, match: Match, seconds: float, profile: bool = False) 
                         ms = 1e3 * turn["seconds"] / turn["steps"] / turn["models"]
                         flight.record("turn", match=match.name, state=name, partner=player.label, round=number,
                                       ms_a_model_step=round(ms, 6), **turn)  # fmt: skip
-        if profile:
-            told(flight, match, "profile", TURN_LIMIT, do="profile")
+        for player in match.players if profile else ():  # one after another, on a device that does nothing else
+            with contextlib.suppress(Gone):
+                found = player.ask(TURN_LIMIT, do="profile")
+                flight.record("profile", match=match.name, state=name, partner=player.label, **found)
 
 
 def medians(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:

@@ -122,6 +122,21 @@ def turns(lines: Lines) -> list[str]:
     return found
 
 
+def profiles(lines: Lines) -> list[str]:
+    """Each kernel's microseconds a step, contestant by contestant: which kernel an alternative changes."""
+    found: list[str] = []
+    own = of_part(lines, "profile")
+    for match, state in dict.fromkeys((line["match"], line["state"]) for line in own):
+        here = [line for line in own if (line["match"], line["state"]) == (match, state)]
+        kernels = sorted({name for line in here for name in line["kernels"]})
+        rows = [
+            (line["partner"], *(f"{1e3 * line['kernels'].get(name, 0.0):.1f}" for name in kernels)) for line in here
+        ]
+        head = ("us a step", *(name.removesuffix("_kernel") for name in kernels))
+        found += ["", f"{match}, {state}:", *table(head, rows)]
+    return found
+
+
 def expected(name: str) -> str:
     """What an alternative was expected to change."""
     other = PUBLISHED.get(name) or SMALL.get(name)
@@ -168,7 +183,7 @@ def page(call: int, lines: Lines, seconds: float, rehearse: bool) -> str:
     text = [f"# GPU check, call {call}: {title}", ""]
     if rehearse:
         text += ["**A rehearsal on a CPU: no number of it means anything, and some faults are planted.**", ""]
-    parts = (about, compiled, groups, mended, failures, floors, out, turns, rest)
+    parts = (about, compiled, groups, mended, failures, floors, out, turns, profiles, rest)
     text += [f"{verdict(lines)} It took {seconds:.0f} s.", ""]
     for part in parts:
         text += part(lines)
