@@ -61,6 +61,9 @@ COLUMNS = (
 TEXTS = ("serialised", "triton")
 KEPT = ("3.6.0",)
 """Tritons whose rows stay in the file beside those of the newest. With them, chips but sm_90 may spill a little."""
+KNOWN_SPILLS = {("3.8.0", "backward published bf16 decoder relu lamb global 0 sm_90"): 112}
+"""Bytes that a Triton spills at tiles which spill nothing on 3.6 and 3.9 and read a quarter less from the cache than
+those at which 3.8 spills nothing either (docs/LOG.md, 2026-11-27)."""
 INT64 = {"p_models", "p_diverged", "p_step", "p_seeds", "p_last"}
 
 
@@ -280,7 +283,8 @@ def differences(row: dict[str, Any], table: list[dict[str, str]]) -> list[str]:
     name = " ".join(str(row[column]) for column in KEY)
     found = []
     if row["precision"] != "fp32":
-        if row["stack"] and (row["triton"] not in KEPT or row["architecture"] == "sm_90"):
+        tolerated = row["triton"] in KEPT and row["architecture"] != "sm_90"
+        if row["stack"] != KNOWN_SPILLS.get((row["triton"], name), 0) and not tolerated:
             found.append(f"{name}: spills {row['stack']} bytes")
     elif sum(row[unit] for unit in UNITS):
         found.append(f"{name}: rounds its operands")

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.contestants import make
@@ -35,23 +37,28 @@ from benchmarks.gate import REFERENCE_SEED, Gate
 from benchmarks.gpu.jobs import Child, Flight, python, report
 from benchmarks.gpu.planted import PLANTED, Planted
 from benchmarks.measure import describe
-from benchmarks.state import State
+from benchmarks.state import TENSORS, State
 from fastmono.spec import ModelSpec
+
+PARTS = ("parameters", "first_moment", "second_moment")
 
 
 def save(state: State, path: Path, losses: Tensor | None = None) -> None:
-    """Write a state, and losses that led to it; it is read without running any code."""
-    parts = {name: getattr(state, name) for name in ("parameters", "first_moment", "second_moment")}
-    specs = [spec.to_dict() for spec in state.specs]
-    torch.save({"specs": specs, "step": state.step, "P": state.P, "losses": losses, **parts}, path)
+    """Write a state, and losses that led to it."""
+    tensors = {"P": state.P, "losses": torch.zeros(0) if losses is None else losses}
+    for part in PARTS:
+        tensors |= {f"{part} {name}": tensor for name, tensor in getattr(state, part).items()}
+    about = {"step": str(state.step), "specs": json.dumps([spec.to_dict() for spec in state.specs])}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, about)
 
 
 def read(path: str) -> tuple[State, Tensor]:
     """What `save` wrote."""
-    found = torch.load(path, weights_only=True)
-    specs = tuple(ModelSpec(**spec) for spec in found["specs"])
-    parts = {name: found[name] for name in ("step", "parameters", "first_moment", "second_moment", "P")}
-    return State(specs, **parts), found["losses"]
+    with safe_open(path, "pt") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    specs = tuple(ModelSpec(**spec) for spec in json.loads(about["specs"]))
+    parts = {part: {name: tensors[f"{part} {name}"] for name in TENSORS} for part in PARTS}
+    return State(specs, int(about["step"]), **parts, P=tensors["P"]), tensors["losses"]
 
 
 def made(name: str, device: torch.device, switches: dict[str, Any]) -> Contestant:

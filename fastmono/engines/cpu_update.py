@@ -43,7 +43,7 @@ from fastmono.engines.simd import (
 )
 from fastmono.optim import ADAMW_EPS, ADAMW_WEIGHT_DECAY, BETA1, BETA2, LAMB_EPS, LAMB_LARGEST_NORM
 
-SOURCES = "66a6072d040b6159"
+SOURCES = "fd8d9edbf52094a7"
 """As in cpu_kernels.py, of simd.py, cpu_problem.py, cpu_rows.py and fastmono/optim.py."""
 ONE = np.float32(1.0)
 COASTS = np.float32(2.0)
