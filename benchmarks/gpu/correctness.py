@@ -125,7 +125,7 @@ def fly(flight: Flight, tests: Path, groups: dict[str, str], ptxas: str) -> None
     compiling = [Job(f"worker {i}", compiling_command(1, i), COMPILE_SECONDS) for i in workers]
     rates = Job("rates", python("benchmarks.gpu.device", "--rates", *small), RATES_SECONDS)
     flight.run("compile", [rates, *([] if rehearse else compiling)], at_once=WORKERS + 1)
-    seconds, again_seconds = (10.0, 8.0) if rehearse else (GROUP_SECONDS, AGAIN_SECONDS)
+    seconds, again_seconds = (40.0, 25.0) if rehearse else (GROUP_SECONDS, AGAIN_SECONDS)
     jobs = [
         Job(name, pytest_command(tests, "--group", pattern), seconds, PLUGINS_OFF) for name, pattern in groups.items()
     ]
