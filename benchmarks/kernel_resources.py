@@ -34,6 +34,7 @@ from triton.compiler import ASTSource
 from benchmarks import machine_code
 from benchmarks.other_triton import run_with
 from benchmarks.tables import RESULTS, write_csv
+from fastmono.engines.assembler import assembler, assembler_version
 from fastmono.engines.launch import Launch, choose_launch
 
 ARCHITECTURES = (80, 90, 100)
@@ -56,9 +57,9 @@ UNITS = ("HGMMA", "HMMA", "tcgen05")
 FOUND = tuple(machine_code.Findings.__dataclass_fields__)
 COLUMNS = (
     *KEY, "num_warps", "registers", "stack", "shared", "expected", *UNITS, "FFMA", "LDG128", "UTMALDG", "barriers",
-    *FOUND, "triton",
+    *FOUND, "triton", "ptxas",
 )  # fmt: skip
-TEXTS = ("serialised", "triton")
+TEXTS = ("serialised", "triton", "ptxas")
 KEPT = ("3.6.0",)
 """Tritons whose rows stay in the file beside those of the newest. With them, chips but sm_90 may spill a little."""
 KNOWN_SPILLS = {("3.8.0", "backward published bf16 decoder relu lamb global 0 sm_90"): 112}
@@ -255,7 +256,7 @@ def resources(variant: Variant, architecture: int) -> dict[str, Any]:
 
     found_in_code = machine_code.Findings()
     if architecture // 10 == 9:
-        ptxas = machine_code.assembler(architecture)
+        ptxas = assembler(architecture)
         found_in_code = machine_code.inspect(compiled, code, compiled.metadata.num_warps, ptxas)
     return {
         "kernel": variant.kernel, "shape": variant.shape, "precision": variant.precision, "task": variant.task,
@@ -267,7 +268,7 @@ def resources(variant: Variant, architecture: int) -> dict[str, Any]:
         "FFMA": count(r"\bFFMA2?\b"), "LDG128": count(r"\bLDG(?:STS)?\.[A-Z.]*128"),
         "UTMALDG": count(r"\bUTMALDG\b"),
         "barriers": phase_barriers(code) if variant.kernel == "resident" else 0, **vars(found_in_code),
-        "triton": triton.__version__,
+        "triton": triton.__version__, "ptxas": assembler_version(assembler(architecture)),
     }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import torch
 from benchmarks.contestants.base import synchronize
 from benchmarks.contestants.pool import cores
 from benchmarks.contestants.stacked import OPERAND, set_precision
+from fastmono.engines.assembler import compiler_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_SIZE, GPU_SIZE = 2048, 8192
@@ -88,6 +89,9 @@ def describe(device: torch.device) -> dict[str, Any]:
             versions[package] = version(package)
         except ImportError:  # PackageNotFoundError is one
             continue
+    if "triton" in versions:
+        major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+        versions |= compiler_versions(10 * major + minor)
     about: dict[str, Any] = {
         "name": device_name(device),
         "type": device.type,

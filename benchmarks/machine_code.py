@@ -173,13 +173,6 @@ def products_and_waits(sass: str) -> tuple[int, int]:
     return steps.count("HGMMA"), sum(a == "HGMMA" != b for a, b in pairwise(steps))
 
 
-def assembler(architecture: int) -> str:
-    """The path of the ptxas that Triton uses for an architecture (90 for sm_90)."""
-    from triton.backends.nvidia import compiler
-
-    return str(compiler.get_ptxas(architecture).path)
-
-
 def serialised(ptx: str, ptxas: str) -> str:
     """The codes with which an assembler says that products of a kernel for sm_90 wait for one another; empty for none.
 

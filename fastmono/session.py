@@ -309,12 +309,19 @@ def about_this_process(engine: str) -> dict[str, Any]:
     """Versions, device and command line, for grid.json."""
     from fastmono import __version__
 
+    compilers: dict[str, str] = {}
+    if engine == "triton":
+        from fastmono.engines.assembler import compiler_versions
+
+        major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+        compilers = compiler_versions(10 * major + minor)
     return {
         "versions": {
             "fastmono": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": numpy.__version__,
+            **compilers,
         },
         "device": device_name(engine),
         "platform": platform.platform(),

@@ -2,9 +2,12 @@
 
 import importlib.util
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ import pytest
 import fastmono as fm
 from benchmarks.gpu import comparison, correctness, tuning
 from benchmarks.gpu.floors import traffic
-from benchmarks.gpu.jobs import Flight, Job
+from benchmarks.gpu.jobs import Flight, Job, Outcome
 from benchmarks.gpu.planted import FAULTS
 from benchmarks.gpu.report import page
 from fastmono.engines import has_gpu
@@ -33,6 +36,9 @@ def test_without_a_gpu_or_with_a_wrong_assembler_the_exit_code_is_2(tmp_path):
     done = check("--call", "1", "--out", str(tmp_path))
     assert done.returncode == 2
     assert done.stderr == "error: there is no CUDA GPU with Triton here; --rehearse goes without one\n"
+    done = check("--call", "2", "--rehearse", "--out", str(tmp_path), "--switches", '{"bulc": false}')
+    assert done.returncode == 2 and 'error: --switches {"bulc": false}: ' in done.stderr
+    assert "Traceback" not in done.stderr
     done = check("--call", "1", "--rehearse", "--out", str(tmp_path), "--ptxas", "/nowhere/ptxas")
     assert done.returncode == 2 and done.stderr == "error: --ptxas /nowhere/ptxas: is no program that can be run\n"
 
@@ -71,6 +77,94 @@ def test_what_time_does_not_allow_is_said_to_be_not_begun(tmp_path):
     flight.close()
     assert found["long"].status == "cut off by the end of the call" and found["next"].status == "not begun"
     assert "next" in page(1, flight.records, 2.0, False)
+
+
+def test_a_job_that_reports_nothing_for_too_long_is_cut_off_and_one_that_does_is_not(tmp_path):
+    flight = Flight(tmp_path, 1, 60.0, False)
+    talks = "import time\nfor i in range(8): print('@ {\"i\": 1}', flush=True); time.sleep(0.25)"
+    found = flight.run("part", [
+        Job("silent", script("import time; time.sleep(60)"), 50.0, silent=1.5),
+        Job("talks", script(talks), 50.0, silent=1.5),
+    ], at_once=2)  # fmt: skip
+    flight.close()
+    assert (found["silent"].status, found["talks"].status) == ("cut off", "passed")
+    assert found["silent"].seconds < 10
+
+
+def test_a_childs_log_has_the_beginning_and_the_end_of_a_long_output(tmp_path):
+    flight = Flight(tmp_path, 1, 60.0, False)
+    many = "print('the reason'); print('\\n'.join('line %d' % i for i in range(40_000))); print('the end')"
+    flight.run("part", [Job("long", script(many), 50.0)])
+    flight.close()
+    text = flight.log.read_text()
+    assert "the reason" in text and "the end" in text and "[...]" in text and "line 20000\n" not in text
+    assert len(text) < 110_000
+
+
+def test_an_error_of_the_page_or_of_a_part_ends_neither_the_call_nor_other_parts(tmp_path):
+    flight = Flight(tmp_path, 1, 60.0, False)
+
+    def broken():
+        raise KeyError("planted")
+
+    flight.on_record, flight.shown = broken, 0.0
+    flight.record("part", found=1)
+    with flight.guarded("second part"):
+        broken()
+    flight.close()
+    assert flight.log.read_text().count("KeyError: 'planted'") == 2
+    assert flight.records[-1]["status"] == "failed" and "planted" in flight.records[-1]["tail"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_what_running_children_said_is_there_when_the_call_is_killed(tmp_path):
+    (tmp_path / "child.py").write_text(
+        "import time\nprint('its last words')\n"
+        "for i in range(99):\n    print('@ {\"i\": 1}', flush=True)\n    time.sleep(0.2)"
+    )
+    (tmp_path / "call.py").write_text(
+        "import sys; from pathlib import Path; from benchmarks.gpu.jobs import Flight, Job\n"
+        "folder = Path(__file__).parent; flight = Flight(folder, 1, 60.0, False); flight.on_record = lambda: None\n"
+        "flight.run('part', [Job('child', [sys.executable, str(folder / 'child.py')], 50.0)])"
+    )
+    command = [sys.executable, str(tmp_path / "call.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    path, ends = tmp_path / "call1.running.log", time.monotonic() + 30
+    while not (path.exists() and "its last words" in path.read_text()) and time.monotonic() < ends:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert "its last words" in path.read_text()
+
+
+def test_tests_behind_a_device_error_are_known_and_the_switch_that_mends_most_is_chosen():
+    lines = [{"collected": ["t::a", "t::b", "t::c"]}, {"test": "t::a", "outcome": "begun"},
+             {"test": "t::a", "outcome": "failed", "kind": "device error"}]  # fmt: skip
+    assert correctness.not_reached(Outcome("group", "failed", lines=lines)) == ["t::b", "t::c"]
+    lines[-1] = {**lines[-1], "kind": "wrong result"}
+    assert correctness.not_reached(Outcome("group", "failed", lines=lines)) == []
+    tried = {
+        job: Outcome(job, status)
+        for job, status in {
+            "a | graphs off": "failed", "b | graphs off": "passed", "a | copy engine off": "passed",
+            "b | copy engine off": "passed", "a | launches block": "passed", "b | launches block": "passed",
+        }.items()
+    }  # fmt: skip
+    assert correctness.mending(tried, correctness.SUSPECTS) == {"bulk": False}
+    assert correctness.mending({"a | graphs off": Outcome("", "failed")}, correctness.SUSPECTS) == {}
+
+
+def test_the_first_turn_counts_where_there_is_no_other_and_switches_of_the_call_reach_every_one_of_ours():
+    turn = {"part": "turn", "match": "m", "state": "s"}
+    lines = [{**turn, "partner": name, "ms_a_model_step": ms}
+             for name, ms in (("one", 9.0), ("many", 9.0), ("many", 1.0), ("many", 3.0), ("many", 2.0))]  # fmt: skip
+    assert comparison.medians(lines)["m", "s"] == {"one": 9.0, "many": 2.0}
+    of_call = {"bulk": False, "launch": {"BA": 32, "rows": 2048}}
+    assert comparison.merged(of_call, {"launch": {"rows": 4096}}) == {
+        "bulk": False, "launch": {"BA": 32, "rows": 4096}
+    }  # fmt: skip
+    assert comparison.merged({}, {"regime": "streamed"}) == {"regime": "streamed"}
 
 
 def test_every_test_of_the_gpu_is_in_one_group():
@@ -134,11 +228,14 @@ def test_call_1_is_rehearsed_and_every_planted_fault_has_its_line(tmp_path):
     for line in (
         "| right | passed | 1 of 1 |", "| wrong | failed | 0 of 1 | wrong result |", "| crash | crashed (SIGABRT) |",
         "| kill | crashed (SIGKILL) |", "| hang | cut off |", "| memory | out of memory | 0 of 1 | out of memory |",
-        "| wrong | nothing changed: failed; **copy engine off: mended** |",
+        "| wrong | nothing changed: failed, 0 of 1 passed (", "); **copy engine off: mended** |",
+        "| device | failed | 0 of 1 | device error |", "| device, after a device error | passed | 1 of 1 |",
+        "| test_device_refuses | device error | RuntimeError: CUDA error: an illegal memory access",
+        "| tiny decoder | fp32 | ",
         "| test_wrong | wrong result | assert False",
     ):  # fmt: skip
         assert line in text, line
-    assert "| step 4, bias 0 | 4 |" in text and "Measured rates: fp32_TFLOPs" in text
+    assert "| step 8, bias 0 | 8 |" in text and "Measured rates: fp32_TFLOPs" in text
 
 
 @needs_triton

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import machine_code
 from benchmarks.machine_code import Findings, faults, products_and_waits, races, unguarded
+from fastmono.engines.assembler import assembler, assembler_version, compiler_versions
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,7 +42,7 @@ def inspected(kernel):
         file.write(kernel.asm["cubin"])
         file.flush()
         sass = subprocess.run([tool("cuobjdump"), "-sass", file.name], capture_output=True, text=True).stdout
-    return machine_code.inspect(kernel, sass, kernel.metadata.num_warps, machine_code.assembler(90))
+    return machine_code.inspect(kernel, sass, kernel.metadata.num_warps, assembler(90))
 
 
 @compiled_only
@@ -136,3 +137,19 @@ def test_products_that_are_waited_for_at_once_are_counted():
     assert faults(Findings(3, 3)) == ["all 3 products are waited for"] and faults(Findings(3, 1)) == []
     assert faults(Findings(2, 2)) == []  # two may well depend on each other
     assert faults(Findings(3, 1, "C7514", 2)) == ["2 races", "products are serialised (C7514)"]
+
+
+@compiled_only
+def test_the_assembler_of_a_record_is_the_one_that_triton_calls(monkeypatch, tmp_path):
+    from fastmono.session import about_this_process
+
+    assert re.fullmatch(r"\d+\.\d+\.\d+", compiler_versions(90)["ptxas"])
+    assert about_this_process("triton")["versions"].items() > compiler_versions(90).items()  # of a run's grid.json
+    assert "triton" not in about_this_process("cpu")["versions"]
+    other = tmp_path / "ptxas"
+    other.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 99.1, V99.1.7'\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(other))
+    monkeypatch.setenv("TRITON_PTXAS_BLACKWELL_PATH", str(other))
+    assert compiler_versions(90)["ptxas"] == "99.1.7"
+    assert assembler_version(str(tmp_path / "none")) == "unknown"

@@ -152,3 +152,9 @@ def test_a_wrong_regime_or_file_is_refused_in_one_line(tmp_path):
             Switches.of("auto", True, True, tmp_path / "launch.json")
     with pytest.raises(OSError, match=r"none\.json"):
         Switches.of("auto", True, True, str(tmp_path / "none.json"))
+
+
+@interpreted
+def test_of_a_refusal_by_the_assembler_its_reason_is_kept_and_not_how_to_repeat_it():
+    said = "PTXASError\n`ptxas` stderr:\nptxas fatal   : too much shared data\n\nRepro command: ptxas -v x.ptx -o x.o\n"
+    assert engine_module.last_line(RuntimeError(said)) == "ptxas fatal   : too much shared data"

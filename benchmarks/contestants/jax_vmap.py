@@ -46,10 +46,30 @@ class JaxVmap(Contestant):
         self.state: State | None = None
         self.programs: dict[Any, Any] = {}
 
+    def _product(self) -> Any:
+        """a @ b with sums in float32. Gradients too multiply operands of the precision: left alone, JAX would multiply
+        a float32 cotangent with bf16, at the rate of the former."""
+        jax, jnp, operand = self.jax, self.jax.numpy, self.operand
+
+        def dot(a: Any, b: Any) -> Any:
+            return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+        if operand == jnp.float32:
+            return dot
+
+        def backward(saved: Any, g: Any) -> Any:
+            a, b = saved
+            g = g.astype(operand)
+            return dot(g, b.T).astype(operand), dot(a.T, g).astype(operand)
+
+        product = jax.custom_vjp(dot)
+        product.defvjp(lambda a, b: (dot(a, b), (a, b)), backward)
+        return product
+
     def _functions(self, S: int, B: int, N: int, probability: float) -> tuple[Any, Any]:
         """A step on given features, and a scan of sampled steps: carry (p, m, v, key), rates and factors [n, S, G]."""
         jax, jnp, operand = self.jax, self.jax.numpy, self.operand
-        product = partial(jnp.dot, preferred_element_type=jnp.float32)
+        product = self._product()
 
         def loss(p: dict[str, Any], x: Any, f: Any) -> Any:
             z = product(x.astype(operand), p["W_in"].astype(operand).T) + p["b"]

@@ -30,12 +30,16 @@ from fastmono.spec import ModelSpec
 
 LATER = 2000
 """Step of the second state of the paper's grid, where models that were dead have begun to learn."""
-ROUNDS, TURN_SECONDS, LEAST_STEPS, MOST_STEPS = 3, 0.3, 4, 2048
-"""Turns of each contestant from each state, about how long they are, and of how many steps at least and at most."""
+ROUNDS, TURN_SECONDS, UNIT_STEPS, MOST_STEPS = 3, 0.3, 16, 2048
+"""Turns of each contestant from each state, about how long they are, of a multiple of so many steps (a loop of another
+length would have to be compiled again by some), and of how many at most."""
 PREPARE_SECONDS, REHEARSED_SECONDS, TURN_LIMIT, MAIN_JOB_SECONDS, RESERVE = 105.0, 75.0, 15.0, 45.0, 3.0
 """Limits: until all have compiled and passed the gate, since the beginning, and in a rehearsal; of a turn, of the main
 job; for the page."""
+DEVICE_SECONDS = 45.0
 GATE_STREAMS, GATE_STEPS = 4, 16
+PROFILE_SECONDS = 20.0
+"""How much longer than its turns the profiles of a state may take, all together."""
 
 
 Entrant = tuple[str, str, dict[str, Any]]
@@ -61,6 +65,8 @@ class Match:
     players: list[Player] = field(default_factory=list)
 
     states: dict[str, tuple[Path, int]] = field(default_factory=dict)
+    unit: int = UNIT_STEPS
+    """Steps that a turn has a multiple of."""
 
     @property
     def kind(self) -> str:
@@ -81,24 +87,26 @@ def matches(rehearse: bool) -> tuple[list[Match], str]:
         regimes = [(f"ours {r}", "triton-fp32", {"regime": r}) for r in ("resident", "streamed")]
         return [
             Match("published fp32", [("ours", "triton-fp32", {}), ("bmm", "bmm", {}), *planted],
-                  {"grid": (grid, 1)}, "grid", 16),
+                  {"grid": (grid, 1)}, "grid", 16, unit=4),
             Match("tiny fp32", [*regimes, ("bmm", "bmm", {})], {"2 models": (grid, 1), "1 model": (grid[:1], 1)},
-                  "2 models"),
+                  "2 models", unit=4),
         ], "cpu"  # fmt: skip
     suffix = {"bf16": "-bf16", "tf32": "-tf32", "fp32": ""}
     published = tuple(preset("published"))
 
     def peers(precision: str) -> list[Entrant]:
-        found: list[Entrant] = [(name, f"{name}{suffix[precision]}", {}) for name in ("bmm", "compiled", "vmap", "jax")]
-        # The published code knows one precision; its rate stands beside all.
-        return [*found, ("published loop", "published", {})]
+        # All of them in bf16; in the others those that were fastest on CPUs. Each compiles, and there are 16 cores.
+        names = ("bmm", "compiled", "vmap", "jax") if precision == "bf16" else ("bmm", "jax")
+        found: list[Entrant] = [(name, f"{name}{suffix[precision]}", {}) for name in names]
+        # The published code knows one precision; its rate stands beside bf16.
+        return [*found, ("published loop", "published", {})] if precision == "bf16" else found
 
     def whole(precision: str) -> Match:
         ours: Entrant = ("ours", f"triton-{precision}", {})
         return Match(f"published {precision}", [ours, *peers(precision)], {"grid": (published, 1)}, "grid", LATER)
 
     twelve, sixteen = pair(TINY, PUBLISHED_LEARNING_RATES), pair(TINY, EIGHT_LEARNING_RATES)
-    tiny = {"1024 models": (sixteen, 64), "132 models": (twelve, 11), "1 model": (twelve[2:3], 1)}
+    tiny = {"132 models": (twelve, 11), "1024 models": (sixteen, 64), "1 model": (twelve[2:3], 1)}
     regimes = [(f"ours {regime}", "triton-bf16", {"regime": regime}) for regime in ("resident", "streamed")]
     small = Match("tiny bf16", [*regimes, *peers("bf16")], tiny, "132 models")
     return [whole("bf16"), small, whole("tf32"), whole("fp32")], "cuda"
@@ -131,22 +139,31 @@ def gate_of(match: Match, folder: Path, rehearse: bool) -> dict[str, Any]:
     return {"start": str(folder / f"{match.kind}.gate"), "streams": GATE_STREAMS, "steps": steps}
 
 
+def merged(switches: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Switches of the whole call, and a contestant's own, which count more."""
+    launch = {**switches.get("launch", {}), **own.get("launch", {})}
+    return {**switches, **own, **({"launch": launch} if launch else {})}
+
+
 def prepare(flight: Flight, match: Match, device: str, folder: Path, gated: bool) -> None:
     """Start all, and have each compile for every grid and go through the gate."""
-    match.players = [Player(flight, label, name, device, switches) for label, name, switches in match.contestants]
+    match.players = [
+        Player(flight, label, name, device, merged(flight.switches, switches) if name.startswith("triton") else {})
+        for label, name, switches in match.contestants
+    ]
     for player in match.players:
         for path, streams in match.states.values():
             player.tell(do="load", state=str(path), streams=streams)
-            player.tell(do="turn", steps=2)
+            player.tell(do="turn", steps=match.unit)  # as long as the turns are multiples of
         if gated:
             how = gate_of(match, folder, flight.rehearse)
             player.tell(do="gate", reference=f"{how['start']}-runs", **how)
 
 
-def prepared(flight: Flight, match: Match) -> None:
-    """Wait until all are ready, no longer than the time for that since the call began. Whoever does not train as the
+def prepared(flight: Flight, match: Match, seconds: float = PREPARE_SECONDS) -> None:
+    """Wait until all are ready, no longer than so many seconds since the call began. Whoever does not train as the
     reference does is out."""
-    ends = flight.seconds - (REHEARSED_SECONDS if flight.rehearse else PREPARE_SECONDS)
+    ends = flight.seconds - (REHEARSED_SECONDS if flight.rehearse else seconds)
     for player in match.players:
         with contextlib.suppress(Gone):
             verdict = player.hear(max(1.0, flight.left - ends))
@@ -167,40 +184,49 @@ def later_state(flight: Flight, match: Match, folder: Path) -> None:
             return
 
 
-def rounds(flight: Flight, match: Match, seconds: float, profile: bool = False) -> None:
-    """Turns: every contestant from every state, round after round, until all are done or the time is over."""
-    ends = flight.left - seconds
-    for name, (path, streams) in match.states.items():
+def rounds(
+    flight: Flight, match: Match, seconds: float, profile: bool = False, n_rounds: int = ROUNDS,
+    turn_seconds: float = TURN_SECONDS,
+) -> None:  # fmt: skip
+    """Turns: every contestant from every state, round after round, until all are done or the time is over, of which
+    each state has its share. The first turns, which find out how many steps one has, count where there are no others.
+    """
+    begun = flight.left
+    for i, (name, (path, streams)) in enumerate(match.states.items()):
+        ends = begun - seconds * (i + 1) / len(match.states)
         steps: dict[str, int] = {}
         told(flight, match, "load", TURN_LIMIT, do="load", state=str(path), streams=streams)
-        for number in range(2 if flight.rehearse else ROUNDS + 1):  # the first finds out how many steps a turn has
+        for number in range(2 if flight.rehearse else n_rounds + 1):
             for player in match.players:
                 if flight.left <= max(ends, RESERVE):
-                    return
+                    break
                 with contextlib.suppress(Gone):
-                    turn = player.ask(TURN_LIMIT, do="turn", steps=steps.get(player.label, LEAST_STEPS))
+                    turn = player.ask(TURN_LIMIT, do="turn", steps=steps.get(player.label, match.unit))
                     if number == 0:
-                        wanted = int(TURN_SECONDS / max(turn["seconds"], 1e-6) * LEAST_STEPS)
-                        whole = wanted // 32 * 32 or wanted  # of which our engine replays graphs
-                        steps[player.label] = max(LEAST_STEPS, min(MOST_STEPS, whole))
-                    else:
-                        ms = 1e3 * turn["seconds"] / turn["steps"] / turn["models"]
-                        flight.record("turn", match=match.name, state=name, partner=player.label, round=number,
-                                      ms_a_model_step=round(ms, 6), **turn)  # fmt: skip
+                        wanted = int(turn_seconds / max(turn["seconds"], 1e-6) * match.unit)
+                        # Of 32 our engine replays graphs.
+                        whole = wanted // 32 * 32 if wanted >= 32 else match.unit
+                        steps[player.label] = max(match.unit, min(MOST_STEPS, whole))
+                    ms = 1e3 * turn["seconds"] / turn["steps"] / turn["models"]
+                    flight.record("turn", match=match.name, state=name, partner=player.label, round=number,
+                                  ms_a_model_step=round(ms, 6), **turn)  # fmt: skip
         for player in match.players if profile else ():  # one after another, on a device that does nothing else
+            if flight.left <= max(ends - PROFILE_SECONDS, RESERVE):
+                break
             with contextlib.suppress(Gone):
                 found = player.ask(TURN_LIMIT, do="profile")
                 flight.record("profile", match=match.name, state=name, partner=player.label, **found)
 
 
 def medians(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
-    """Milliseconds a model-step by match and state, then by contestant: the median of its turns."""
+    """Milliseconds a model-step by match and state, then by contestant: the median of its turns but the first, where
+    it had others."""
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for line in records:
         if line["part"] == "turn":
             own = found.setdefault((line["match"], line["state"]), {})
             own.setdefault(line["partner"], []).append(line["ms_a_model_step"])
-    return {key: {name: statistics.median(ms) for name, ms in own.items()} for key, own in found.items()}
+    return {key: {name: statistics.median(ms[1:] or ms) for name, ms in own.items()} for key, own in found.items()}
 
 
 def main_job(flight: Flight, folder: Path) -> Job:
@@ -215,7 +241,7 @@ def fly(flight: Flight) -> None:
     folder = Path(flight.folder.name)
     chosen, device = matches(flight.rehearse)
     small = ["--small"] if flight.rehearse else []
-    flight.run("device", [Job("device", python("benchmarks.gpu.device"), 20.0)])
+    flight.run("device", [Job("device", python("benchmarks.gpu.device"), DEVICE_SECONDS)])
     reference = Player(flight, "reference", "reference-fp32", "cpu", {})
     for kind in dict.fromkeys(match.kind for match in chosen):
         for match in (match for match in chosen if match.kind == kind):
@@ -224,15 +250,17 @@ def fly(flight: Flight) -> None:
         how = gate_of(match, folder, flight.rehearse)
         reference.tell(do="reference", save=f"{how['start']}-runs", **how)
     for match in chosen:
-        prepared(flight, match)
-        if match.later:
-            later_state(flight, match, folder)
+        with flight.guarded(f"{match.name}, prepared"):
+            prepared(flight, match)
+            if match.later:
+                later_state(flight, match, folder)
     reference.leave("over")
     flight.run("rates", [Job("rates", python("benchmarks.gpu.device", "--rates", *small), 20.0)])
-    shares = {match.name: share for match, share in zip(chosen, (0.3, 0.3, 0.2, 0.2), strict=False)}
+    shares = {match.name: share for match, share in zip(chosen, (0.35, 0.35, 0.15, 0.15), strict=False)}
     spare = flight.left - MAIN_JOB_SECONDS - RESERVE
     for match in chosen:
-        rounds(flight, match, shares[match.name] * spare)
+        with flight.guarded(f"{match.name}, turns"):
+            rounds(flight, match, shares[match.name] * spare)
         for player in match.players:
             player.leave("over")
     flight.run("main job", [main_job(flight, folder)], reserve=RESERVE)

@@ -46,11 +46,18 @@ class Launched:
         types = [str(a.dtype) if isinstance(a, torch.Tensor) else type(a).__name__ for a in self.arguments]
         return repr((self.name, types, sorted(self.settings.items())))
 
-    def compile(self) -> float:
-        """Seconds that it took."""
+    def build(self) -> dict[str, Any]:
+        """Compile, and load it on the device as the first launch would: its launcher is built, and what does not fit
+        is refused. Seconds, registers, bytes spilled and shared memory."""
         started = time.perf_counter()
-        self.kernel.warmup(*self.arguments, grid=(1,), **self.settings)
-        return time.perf_counter() - started
+        compiled = self.kernel.warmup(*self.arguments, grid=(1,), **self.settings)
+        if torch.cuda.is_available() and hasattr(compiled, "_init_handles"):
+            compiled._init_handles()
+        found = {"compiled_in": round(time.perf_counter() - started, 2)}
+        for name in ("n_regs", "n_spills"):
+            if isinstance(getattr(compiled, name, None), int):
+                found[name] = getattr(compiled, name)
+        return found | {"shared": getattr(getattr(compiled, "metadata", None), "shared", 0)}
 
 
 class Recorder:
@@ -127,10 +134,12 @@ def main(argv: list[str] | None = None) -> int:
     for launched in own:
         precision = launched.settings.get("PRECISION", "")
         try:
-            report(kernel=launched.name, precision=precision, compiled_in=round(launched.compile(), 2))
+            report(kernel=launched.name, precision=precision, **launched.build())
         except Exception as error:  # the others are needed all the same
             failed += 1
-            report(kernel=launched.name, precision=precision, compiler=str(error)[:500], key=launched.key())
+            said = str(error)
+            said = said if len(said) < 1200 else f"{said[:600]} [...] {said[-600:]}"  # the reason comes first, or last
+            report(kernel=launched.name, precision=precision, compiler=said, key=launched.key())
     return 1 if failed else 0
 
 

@@ -38,8 +38,21 @@ def driver() -> str:
     if not shutil.which("nvidia-smi"):
         return ""
     query = "--query-gpu=driver_version,clocks.sm,clocks.max.sm,temperature.gpu,power.draw,memory.used"
-    done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=10)
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:  # what else is known of the machine counts more
+        return type(error).__name__
     return done.stdout.strip()
+
+
+def watch() -> list[str]:
+    """The command that writes down clocks, power and temperature twice a second; empty without nvidia-smi."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    query = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,utilization.gpu,clocks_throttle_reasons.active"
+    return ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", "-lms", "500"]
 
 
 def main(argv: list[str] | None = None) -> int:

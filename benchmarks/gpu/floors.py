@@ -1,6 +1,6 @@
 """The paper's grid in bf16: steps a second, and each kernel's time in a step beside the least that it could take.
 
-    python -m benchmarks.gpu.floors [--small]
+    python -m benchmarks.gpu.floors [--small] [--switches JSON]
 
 At the beginning of a run with zero bias, after 2,048 steps, and at the beginning at a negative bias, where most neurons
 are dead. A kernel's floor is the larger of its bytes over the machine's copy bandwidth and its operations over the rate
@@ -10,9 +10,11 @@ of its products, both measured in the same call.
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +28,8 @@ from fastmono.engines.triton import Packed, TritonEngine
 from fastmono.philox import stream_key
 from fastmono.spec import ModelSpec
 
-LATER, WARM, TIMED, PROFILED = 2048, 40, 256, 16
-"""The step of the second state; steps that compile and capture, that are timed, and that are profiled."""
+LATER, WARM, TIMED, REPEATS, PROFILED = 2048, 40, 96, 5, 16
+"""The step of the second state; steps that compile and capture; that are timed, and how often; that are profiled."""
 
 
 def traffic(
@@ -93,50 +95,59 @@ def profiled(engine: TritonEngine, block: Block) -> dict[str, float]:
     return {name: ms for name, ms in events.items() if name.endswith("_kernel")}
 
 
-def rate(engine: TritonEngine, block: Block, steps: int) -> dict[str, float]:
-    """Model-steps a second and useful operations a second of whole steps, the host's work included."""
-    started = time.perf_counter()
-    engine.advance(block, steps)
-    took = time.perf_counter() - started
-    model_steps = steps * len(block.specs) / took
+def rate(engine: TritonEngine, block: Block, steps: int) -> dict[str, Any]:
+    """Model-steps a second and useful operations a second of whole steps, the host's work included: the median of
+    `REPEATS`, and each."""
+    took = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        engine.advance(block, steps)
+        took.append(time.perf_counter() - started)
+    model_steps = steps * len(block.specs) / statistics.median(took)
     useful = model_steps * block.specs[0].flops_per_step
     return {"model_steps_per_s": round(model_steps, 1), "useful_TFLOPs": round(useful / 1e12, 3),
-            "us_a_model_step": round(1e6 / model_steps, 2)}  # fmt: skip
+            "us_a_model_step": round(1e6 / model_steps, 2),
+            "all_us": [round(1e6 * x / steps / len(block.specs), 2) for x in took]}  # fmt: skip
 
 
-def state(name: str, engine: TritonEngine, block: Block, machine: dict[str, float], steps: int) -> None:
-    """Report the rate and, on a GPU, the kernels from the state that a block is in."""
-    at = block.step
-    found = rate(engine, block, steps)
-    of_product = found["useful_TFLOPs"] * 1e12 / machine[engine.precision]
-    report(state=name, at_step=at, **found, of_the_product_rate=round(of_product, 3))
-    if torch.cuda.is_available():
-        packed = engine._pack(block)
-        report(state=name, kernels=beside_floors(profiled(engine, block), packed, block.step, machine))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Measure the three states."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="two small models in fp32, a few steps")
-    small = parser.parse_args(argv).small
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine = Machine(device, small).measure()
-    report(**{f"{name}_T": round(value / 1e12, 2) for name, value in machine.items()})
-    precision, warm, timed, later = ("fp32", 1, 2, 4) if small else ("bf16", WARM, TIMED, LATER)
+def states(small: bool, switches: dict[str, Any]) -> Iterator[tuple[str, TritonEngine, Block]]:
+    """The three states, each with the engine that has come to it."""
+    precision, warm, later = ("fp32", 1, 8) if small else ("bf16", WARM, LATER)
     for bias in (0.0, -1.0):
         specs = published_grid(bias)
         if small:
             specs = [s.replace(n_features=24, d_embed=8, n_neurons=32, batch_size=64) for s in specs[:2]]
-        engine, block = TritonEngine(precision), Block.new(specs)
-        started = time.perf_counter()
+        engine, block = TritonEngine(precision, **switches), Block.new(specs)
         engine.advance(block, warm)
-        report(state="first steps", bias=bias, steps=warm, seconds=round(time.perf_counter() - started, 2))
-        state(f"beginning, bias {bias:g}", engine, block, machine, timed)
+        yield f"beginning, bias {bias:g}", engine, block
         if bias == 0.0:
             engine.advance(block, max(0, later - block.step))
-            state(f"step {later}, bias {bias:g}", engine, block, machine, timed)
-    return 0
+            yield f"step {later}, bias {bias:g}", engine, block
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure the three states: all rates first, then all kernels, since a profiler may slow down what follows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="two small models in fp32, a few steps")
+    parser.add_argument("--switches", type=json.loads, default={})
+    arguments = parser.parse_args(argv)
+    small, switches = arguments.small, arguments.switches
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = Machine(device, small).measure()
+    report(**{f"{name}_T": round(value / 1e12, 2) for name, value in machine.items()})
+    for name, engine, block in states(small, switches):
+        at = block.step
+        found = rate(engine, block, 1 if small else TIMED)
+        of_product = found["useful_TFLOPs"] * 1e12 / machine[engine.precision]
+        report(state=name, at_step=at, **found, of_the_product_rate=round(of_product, 3))
+    if device.type != "cuda":
+        return 0
+    empty = False
+    for name, engine, block in states(small, switches):
+        took = profiled(engine, block)
+        empty |= not took
+        report(state=name, kernels=beside_floors(took, engine._pack(block), block.step, machine))
+    return 1 if empty else 0  # a profiler without rights sees nothing
 
 
 if __name__ == "__main__":

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
 
 from benchmarks.gpu.jobs import report as tell
+
+DEVICE_ERROR = 3
+"""Exit code after the device has refused: tests that come after it belong in another process."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,6 +24,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out the tests of other groups."""
     pattern = re.compile(config.getoption("group"))
     items[:] = [item for item in items if pattern.search(item.nodeid)]
+    tell(collected=[item.nodeid for item in items])
 
 
 def kind_of(text: str) -> str:
@@ -46,3 +51,5 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             said = re.findall(r"^E\s+(.+)$", text, re.M) or text.strip().splitlines()[-1:] or [""]
             line |= {"kind": kind_of(text), "message": said[0][:300], "tail": text[-1500:]}
         tell(**line)
+        if line.get("kind") == "device error":  # whatever this process does on the device now fails as well
+            os._exit(DEVICE_ERROR)

@@ -22,6 +22,7 @@ import contextlib
 import json
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +249,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             report(**partner.answer(json.loads(line)))
         except Exception as error:
-            report(error=f"failed: {describe(error)}")
+            traceback.print_exc()
+            cause = f"; cause: {str(error.__cause__)[-600:]}" if error.__cause__ else ""
+            report(error=f"failed: {describe(error)}{cause}")
     return 0
 
 

@@ -10,6 +10,7 @@ from fastmono.engines.reference import ReferenceEngine
 from fastmono.engines.triton import TritonEngine
 
 GROUPS = {name: rf"test_{name}\b" for name in ("right", "wrong")}
+GROUPS["device"] = r"test_device_\w+"
 GROUPS |= {fault: rf"test_fault\[{fault}\]" for fault in ("crash", "hang", "kill", "memory")}
 
 
@@ -31,6 +32,14 @@ def test_wrong(switches):
     """As if the copy engine brought something else."""
     ours = losses(TritonEngine("fp32", **switches)) * (1.01 if switches.get("bulk", True) else 1.0)
     assert torch.allclose(ours, losses(ReferenceEngine()), rtol=1e-4)
+
+
+def test_device_refuses():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_device_is_there_for_another_process():
+    """It would fail after the test before, in the same process."""
 
 
 @pytest.mark.parametrize("fault", ["crash", "hang", "kill", "memory"])

@@ -74,10 +74,16 @@ def groups(lines: Lines) -> list[str]:
 def mended(lines: Lines) -> list[str]:
     """Which switch mends a group that failed: all of its failed tests passed with it."""
     by_group: dict[str, list[str]] = {}
-    for line in of_part(lines, "suspects"):
+    own = of_part(lines, "suspects")
+    for line in own:
         if "status" in line:
             group, suspect = line["job"].split(" | ")
             ended = line["status"]
+            if ended != "passed":
+                tests = [other for other in own if other.get("job") == line["job"] and "test" in other]
+                passed, begun = (sum(other["outcome"] == what for other in tests) for what in ("passed", "begun"))
+                said = next((other["message"][:60] for other in tests if "message" in other), "")
+                ended += f", {passed} of {begun} passed" * (begun > 0) + f" ({said})" * bool(said)
             by_group.setdefault(group, []).append(
                 f"**{suspect}: mended**" if ended == "passed" else f"{suspect}: {ended}"
             )
@@ -91,6 +97,17 @@ def failures(lines: Lines) -> list[str]:
         for line in of_part(lines, "tests") if line.get("outcome") == "failed"
     ]  # fmt: skip
     return table(("failed test", "kind", "message"), rows[:30])
+
+
+def apart(lines: Lines) -> list[str]:
+    """How far the first step's gradients are from float64, beside what the precision alone explains."""
+    rows = [
+        (line["case"], line["precision"],
+         *(f"{line[name]:.3g}" for name in ("loss", "W_in", "b", "W_outT", "plain", "not_finite")))
+        for line in of_part(lines, "apart") if "not_finite" in line
+    ]  # fmt: skip
+    head = ("off float64 by", "precision", "loss", "W_in", "b", "W_outT", "emulated: W_in", "not finite")
+    return table(head, rows)
 
 
 def floors(lines: Lines) -> list[str]:
@@ -149,8 +166,8 @@ def out(lines: Lines) -> list[str]:
             for line in of_part(lines, "partner")]  # fmt: skip
     gates = [(line["match"], line["partner"], GATES[line.get("passed")], line.get("worst", "-"), line["where"])
              for line in of_part(lines, "prepared") if "where" in line]  # fmt: skip
-    apart = [(line["match"], line["partner"], line["off_by"]) for line in of_part(lines, "agreement")]
-    return [*table(("match", "settings", "apart from today's, of the way gone"), apart),
+    agreed = [(line["match"], line["partner"], line["off_by"]) for line in of_part(lines, "agreement")]
+    return [*table(("match", "settings", "apart from today's, of the way gone"), agreed),
             *table(("match", "contestant", "gate", "worst over bound", "where"), gates),
             *table(("out", "why", "its last words"), rows)]  # fmt: skip
 
@@ -183,7 +200,7 @@ def page(call: int, lines: Lines, seconds: float, rehearse: bool) -> str:
     text = [f"# GPU check, call {call}: {title}", ""]
     if rehearse:
         text += ["**A rehearsal on a CPU: no number of it means anything, and some faults are planted.**", ""]
-    parts = (about, compiled, groups, mended, failures, floors, out, turns, profiles, rest)
+    parts = (about, compiled, groups, mended, failures, apart, floors, out, turns, profiles, rest)
     text += [f"{verdict(lines)} It took {seconds:.0f} s.", ""]
     for part in parts:
         text += part(lines)

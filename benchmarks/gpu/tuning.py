@@ -2,7 +2,7 @@
 
 ncu          forward and backward, two launches each: stalls, matrix units, cache
 alternatives each in a process of its own, all compiling at once; then turns, and each kernel's time
-racecheck    the resident kernel, two steps
+racecheck    one step of streamed kernels, whose warp groups share memory, then of the resident kernel
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.comparison import (
+    DEVICE_SECONDS,
     RESERVE,
     TURN_LIMIT,
     Entrant,
@@ -31,6 +32,11 @@ from benchmarks.suites import EIGHT_LEARNING_RATES, TINY, pair
 from fastmono.presets import preset
 
 NCU_SECONDS, RACE_SECONDS = 40.0, 40.0
+READY_SECONDS, LEAST_SPARE, AGREE_SECONDS = 60.0, 45.0, 10.0
+"""Until all have compiled, since the beginning; for turns and profiles at least, whatever the tools after them would
+take; for the comparison with today's settings, of each match."""
+TUNING_ROUNDS, TUNING_TURN_SECONDS = 2, 0.15
+"""Of fifteen entrants that differ by tenths."""
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "SchedulerStats",
             "Occupancy", "LaunchStats")  # fmt: skip
 STEPS, CLOSE = 8, 0.1
@@ -103,7 +109,7 @@ def matches(rehearse: bool) -> tuple[list[Match], str]:
         some = {name: PUBLISHED[name] for name in ("update by 32 rows", "copy engine off")}
         planted: list[Entrant] = [(fault, f"{PLANTED}{fault}", {}) for fault in FAULTS]
         grid = {"grid": (rehearsed_grid(), 1)}
-        return [Match("published", [*beside("triton-fp32", some), *planted], grid, "grid")], "cpu"
+        return [Match("published", [*beside("triton-fp32", some), *planted], grid, "grid", unit=4)], "cpu"
     grids = {"grid": (tuple(spec for spec in preset("published") if spec.init_bias == 0.0), 1)}
     tiny = {"1024 models": (pair(TINY, EIGHT_LEARNING_RATES), 64)}
     return [
@@ -114,8 +120,10 @@ def matches(rehearse: bool) -> tuple[list[Match], str]:
 
 def agree(flight: Flight, match: Match, folder: Path) -> None:
     """Whoever does not go where today's settings go, in a few steps on the same batches, is out."""
-    start, truth = read(str(match.states[match.gated][0]))[0], None
+    start, truth, ends = read(str(match.states[match.gated][0]))[0], None, flight.left - AGREE_SECONDS
     for player in match.players:
+        if flight.left <= ends and not flight.rehearse:
+            return  # they are timed all the same, and the page shows who was compared
         with contextlib.suppress(Gone):
             path = folder / "agreement.state"
             player.ask(TURN_LIMIT, do="load", state=str(match.states[match.gated][0]))
@@ -134,10 +142,11 @@ def agree(flight: Flight, match: Match, folder: Path) -> None:
 
 
 def profiler(out: Path) -> list[Job]:
-    """Nsight Compute on forward and backward, two launches each, after the first steps; a table for every launch."""
+    """Nsight Compute on forward, backward and update, two launches each, after the first steps; a table a launch."""
     ncu = [
-        "ncu", "--clock-control", "none", "--kernel-name", "regex:forward_kernel|backward_kernel",
-        "--launch-skip", "8", "--launch-count", "4", "--csv", "--page", "details",
+        "ncu", "--clock-control", "none", "--cache-control", "none",  # as a step finds the cache
+        "--kernel-name", "regex:forward_kernel|backward_kernel|moments_kernel|apply_kernel",
+        "--launch-skip", "16", "--launch-count", "8", "--csv", "--page", "details",
         "--log-file", str(out / "call3_ncu.csv"),
     ]  # fmt: skip
     for section in SECTIONS:
@@ -148,27 +157,35 @@ def profiler(out: Path) -> list[Job]:
 
 
 def race() -> list[Job]:
-    """compute-sanitizer's racecheck on a resident model."""
+    """compute-sanitizer's racecheck on the streamed kernels of the paper's grid, and on a resident model."""
     tool = ["compute-sanitizer", "--tool", "racecheck", "--racecheck-report", "all"]
-    switches = ["--switches", json.dumps({"regime": "resident"})]
-    return [Job("racecheck", [*tool, *python("benchmarks.gpu.few", "tiny", "--steps", "2", *switches)], RACE_SECONDS)]
+    few = {"streamed": ["published", "--steps", "1"], "resident": ["tiny", "--steps", "2"]}
+    return [
+        Job(f"racecheck, {regime}",
+            [*tool, *python("benchmarks.gpu.few", *own, "--switches", json.dumps({"regime": regime}))], RACE_SECONDS)
+        for regime, own in few.items()
+    ]  # fmt: skip
 
 
 def fly(flight: Flight) -> None:
     """The whole call."""
     folder, small = Path(flight.folder.name), ["--small"] if flight.rehearse else []
     chosen, device = matches(flight.rehearse)
-    flight.run("device", [Job("device", python("benchmarks.gpu.device"), 20.0)])
+    flight.run("device", [Job("device", python("benchmarks.gpu.device"), DEVICE_SECONDS)])
     for match in chosen:
         write_states(match, folder)
         prepare(flight, match, device, folder, gated=False)
     for match in chosen:
-        prepared(flight, match)
-        agree(flight, match, folder)
+        with flight.guarded(f"{match.name}, prepared"):
+            prepared(flight, match, READY_SECONDS)
+            agree(flight, match, folder)
     flight.run("rates", [Job("rates", python("benchmarks.gpu.device", "--rates", *small), 20.0)])
-    spare = flight.left - RESERVE - (0.0 if flight.rehearse else NCU_SECONDS + RACE_SECONDS)
-    for match in chosen:
-        rounds(flight, match, spare / len(chosen), profile=not flight.rehearse)
+    spare = flight.left - RESERVE
+    if not flight.rehearse:
+        spare = max(spare - NCU_SECONDS - RACE_SECONDS, min(spare, LEAST_SPARE))
+    for match, share in zip(chosen, (0.8, 0.2) if len(chosen) == 2 else (1.0,), strict=True):
+        with flight.guarded(f"{match.name}, turns"):
+            rounds(flight, match, share * spare, not flight.rehearse, TUNING_ROUNDS, TUNING_TURN_SECONDS)
         for player in match.players:
             player.leave("over")
     if flight.rehearse:

@@ -73,8 +73,8 @@ def numbered(keys: Iterable[Hashable]) -> tuple[list[int], list[int]]:
 
 
 def last_line(error: BaseException) -> str:
-    """What an error says in the end: compilers print pages before."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    """What an error says in the end: compilers print pages before, and the assembler how to repeat it after."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Repro command")]
     return lines[-1][:300] if lines else ""
 
 
