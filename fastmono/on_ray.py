@@ -45,6 +45,10 @@ class Cluster:
         """How many CPUs or GPUs it has now."""
         return int(self.ray.cluster_resources().get(resource, 0))
 
+    def on_gpu(self, function: Any, *arguments: Any) -> Any:
+        """Have a function called on a machine that has a GPU, and wait for what it returns."""
+        return self.ray.get(self.ray.remote(max_retries=0, num_gpus=1, num_cpus=0)(function).remote(*arguments))
+
     def machine(self) -> Machine:
         """Its cores, memory and GPUs, at the rate of this machine. Where this one has no GPU, theirs are not known: a
         block that one does not hold is halved there.

@@ -15,6 +15,7 @@ from fastmono.halving import Halving, Rungs
 from fastmono.on_ray import Cluster, connect
 from fastmono.plan import Machine, Plan, content_hashes, make_plan, this_machine
 from fastmono.run import Run
+from fastmono.self_check import MODES, Outcome, check
 from fastmono.session import OnCheckpoint, Session
 from fastmono.shards import array_part, part_name
 from fastmono.spec import FIELDS, Grid, ModelSpec
@@ -68,6 +69,7 @@ def train(
     keep: float | None = None,
     every: int | None = None,
     by: str = "loss",
+    self_check: str = "once",
     quiet: bool = False,
     console: Console | None = None,
 ) -> Run:
@@ -95,12 +97,15 @@ def train(
         keep, every, by: every so many steps the best share `keep` of the models that can be compared goes on, by their
             "loss" or by their monosemantic neurons, "mono" (`fastmono.halving`). The others have the status "stopped";
             a later call without `keep` trains them to their end.
+        self_check: once | always | never: whether the Triton engine's kernels are compared with float64 before the
+            first result (`fastmono.self_check`). Where they fail, safer settings train, or with engine="auto" another
+            engine.
         quiet: show nothing; the log file is written all the same.
         console: where to show progress; by default standard error.
 
     Raises:
         ValueError: a bad argument; the directory holds models that the grid lacks, or was trained with another engine
-            or precision; a file of it is damaged; the run does not fit memory or disk.
+            or precision; a file of it is damaged; the run does not fit memory or disk; the self-check failed.
         BlockingIOError: another process is using the directory.
 
         ChildProcessError: worker after worker crashes.
@@ -110,8 +115,11 @@ def train(
     """
     grid = as_grid(grid)
     _check(out, workers, resume, checkpoints, save_every, part)
+    if self_check not in MODES:
+        raise ValueError(f"self_check={self_check!r}: must be one of {', '.join(MODES)}")
     halving = _halving(keep, every, by, part)
     cluster = connect(ray, workers) if ray is not None else None
+    console = None if quiet else console or Console(stderr=True)
     arguments = (out, engine, precision, resume, checkpoints, save_every, cluster)
     _options(grid, *arguments)  # before anything is made or deleted
     directory = RunDirectory(out)
@@ -119,6 +127,10 @@ def train(
     lock = DirectoryLock(directory.path, part_name(part) if part else None)
     try:
         directory, options, reason = _options(grid, *arguments)
+        checked = None
+        if options.engine == "triton":
+            begun = resume and (directory.path / "grid.json").exists()
+            options, reason, checked = _checked(grid, options, reason, self_check, engine, begun, cluster, console)
         hashes = content_hashes(grid, options)
         directory.expected = dict(zip(hashes, grid, strict=True))
         own = hashes
@@ -143,11 +155,36 @@ def train(
             )
         if not resume:  # last of all: a run that cannot be trained costs no earlier one
             directory.clear()
-        console = None if quiet else console or Console(stderr=True)
-        Session(directory, plan, on_checkpoint, console, cluster, rungs).run(lock.descriptors)
+        Session(directory, plan, on_checkpoint, console, cluster, rungs, checked).run(lock.descriptors)
     finally:
         lock.release()
     return Run(directory.path)
+
+
+def _checked(
+    grid: Grid, options: Options, reason: str, mode: str, engine: str, begun: bool, cluster: Cluster | None,
+    console: Console | None,
+) -> tuple[Options, str, Outcome]:  # fmt: skip
+    """Options and reason as the self-check leaves them, and what it came to. `engine` is what was asked for, and
+    `begun` says that the directory holds results of this engine.
+
+    Raises `ValueError` where it failed with all settings, and no other engine may train instead.
+    """
+    elsewhere = cluster is not None and not cluster.local and cluster.room("GPU") > 0
+    if elsewhere and cluster is not None:
+        outcome: Outcome = cluster.on_gpu(check, list(grid), options.precision, mode)
+    else:
+        outcome = check(grid.specs, options.precision, mode, console.print if console else lambda text: None)
+    if outcome.result != "failed":
+        return dataclasses.replace(options, switches=outcome.switches), reason, outcome
+    if engine != "auto" or begun:
+        raise ValueError(
+            f"{outcome.line()}: a newer Triton or another ptxas (TRITON_PTXAS_PATH) may do; "
+            "--engine cpu trains without it, in a directory of its own"
+        )
+    precision = options.precision if reason.startswith("as asked") else "fp32"
+    options = dataclasses.replace(options, engine="cpu" if precision == "fp32" else "reference", precision=precision)
+    return options, "the triton engine's self-check failed", outcome
 
 
 def _halving(keep: float | None, every: int | None, by: str, part: tuple[int, int] | None) -> Halving | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import platform
 import sys
@@ -25,6 +26,7 @@ from fastmono.plan import Plan, shards_to
 from fastmono.processes import Processes, visible_devices
 from fastmono.progress import Progress, duration
 from fastmono.run import Run
+from fastmono.self_check import Outcome
 from fastmono.shards import Shard, describe, part_name
 from fastmono.status import BEAT_SECONDS, Heartbeat
 from fastmono.store import RunDirectory, checkpoint_steps
@@ -42,10 +44,10 @@ class Session:
 
     def __init__(
         self, directory: RunDirectory, plan: Plan, on_checkpoint: OnCheckpoint | None, console: Console | None,
-        cluster: Cluster | None, rungs: Rungs | None,
+        cluster: Cluster | None, rungs: Rungs | None, checked: Outcome | None = None,
     ) -> None:  # fmt: skip
         self.directory, self.plan, self.on_checkpoint, self.cluster = directory, plan, on_checkpoint, cluster
-        self.rungs, self.stop = rungs, Stop()
+        self.rungs, self.stop, self.checked = rungs, Stop(), checked
         self.statuses = {
             name: "pending" if steps_left(spec, plan.saved.get(name)) else "done" for spec, name in plan.items()
         }
@@ -57,9 +59,10 @@ class Session:
         self.telemetry = Telemetry(directory, {name: spec.flops_per_step for spec, name in plan.items()})
         self.last_table, self.table_cost, self.last_said = time.monotonic(), 0.0, 0.0
         self.awaited, self.reached = self._awaited_checkpoints(), set[int]()
-        directory.write_grid(
-            plan.grid, plan.options.engine, plan.options.precision, about_this_process(plan.options.engine)
-        )
+        about = about_this_process(plan.options.engine)
+        if checked is not None:
+            about["self_check"] = dataclasses.asdict(checked)
+        directory.write_grid(plan.grid, plan.options.engine, plan.options.precision, about)
         alone = plan.workers == 1 and cluster is None
         self.monitor = GpuMonitor() if plan.options.engine == "triton" and alone else None
         self.joules = 0.0
@@ -100,6 +103,9 @@ class Session:
         try:
             with self.heartbeat, self.progress, self.stop.listening():
                 self.progress.log("plan", describe_plan(plan), shards=[describe(shard) for shard in plan.shards])
+                if self.checked is not None:
+                    shown = bool(self.checked.failed) or not self.checked.remembered
+                    self.progress.log("self-check", self.checked.line(), show=shown, **dataclasses.asdict(self.checked))
                 if self.monitor and self.monitor.note:
                     self.progress.log("note", self.monitor.note)
                 if plan.part is None:

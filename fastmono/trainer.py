@@ -80,6 +80,8 @@ class Options:
     """all | last | none: which of the log-spaced checkpoints stay on disk."""
     save_every: float = 60.0
     """Seconds between full states."""
+    switches: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the Triton engine that the self-check found to be needed."""
 
 
 def keeps_checkpoint(policy: str, step: int, steps: int) -> bool:
@@ -124,7 +126,7 @@ class BlockTrainer:
     ) -> None:
         self.directory, self.job, self.options = directory, job, options
         self.report, self.should_stop = report, should_stop
-        self.engine = engine_class(options.engine)(options.precision)
+        self.engine = engine_class(options.engine)(options.precision, **options.switches)
         self.held_out = HeldOut()
         self.block, self.parts = self._start()
         self.reported = {name for name, m in zip(job.hashes, self.block.models, strict=True) if m.diverged_step}

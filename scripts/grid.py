@@ -103,6 +103,10 @@ def make_parser() -> Parser:
     seconds = reader(real, "a number of seconds, at least 0")
     run.add_argument("--save-every", type=seconds, default=60.0, metavar="SECONDS", help="between full states (60)")
     run.add_argument("--no-resume", action="store_true", help="discard what the directory holds of an earlier run")
+    run.add_argument(
+        "--self-check", default="once", metavar="WHEN",
+        help="of the triton engine, against float64: once on each device, always or never",
+    )  # fmt: skip
     run.add_argument("--no-plots", action="store_true", help="draw no figures")
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     devices = ", ".join(rates())
@@ -238,7 +242,7 @@ def run_command(argv: list[str], errors: Console) -> int:
         print_plan(console, fm.plan_run(grid, **settings), out)
         if arguments.dry_run:
             return 0
-        run = fm.train(grid, **settings, console=console)
+        run = fm.train(grid, **settings, self_check=arguments.self_check, console=console)
     others = sum(row["status"] in ("pending", "running") for row in run.table)
     if arguments.part and others:
         console.print(f"this part is done; {count(others, 'model')} of other parts are not, yet")

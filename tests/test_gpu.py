@@ -133,7 +133,7 @@ def test_a_diverging_model_leaves_its_neighbours_bitwise_alone(shape):
 
 def test_a_run_stopped_and_continued_is_bitwise_the_undisturbed_one(tmp_path):
     grid = fm.Grid(DEMO.replace(steps=300), lr=[0.003, 0.01])
-    settings = {"quiet": True, "engine": "triton", "precision": "bf16"}
+    settings = {"quiet": True, "engine": "triton", "precision": "bf16", "self_check": "never"}
     whole = fm.train(grid, tmp_path / "whole", **settings)
 
     class Stopped(Exception):
@@ -155,7 +155,8 @@ def test_bf16_and_tf32_end_where_fp32_does_within_the_spread_over_seeds(tmp_path
     base = DEMO.replace(steps=4096, lr=0.02)
     found = {}
     for precision in ("fp32", "tf32", "bf16"):
-        run = fm.train(fm.Grid(base, seed=range(8)), tmp_path / precision, precision=precision, quiet=True)
+        how = {"precision": precision, "quiet": True, "self_check": "never"}
+        run = fm.train(fm.Grid(base, seed=range(8)), tmp_path / precision, **how)
         rows = torch.tensor([[row["final_loss"], row["mono_per_feature"]] for row in run.table], dtype=torch.float64)
         found[precision] = rows.mean(0), rows.std(0)
     for precision in ("tf32", "bf16"):

@@ -7,6 +7,7 @@ tests      tests/test_gpu.py in groups, each a process of its own, several at a 
            rest of a group goes to another process
 apart      how far each gradient is from float64 after one step, whether the tests passed or not
 floors     the paper's grid at zero bias: steps a second, and each kernel's time beside its floor
+self-check what a run of the paper's grid finds out by itself before its first result
 suspects   the tests that failed, again: as they are, under memcheck, with launches that block, with one switch at a
            time; if the floors failed as well, they are measured with what mended the tests
 """
@@ -16,11 +17,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.gpu.jobs import Flight, Job, Outcome, python
+from benchmarks.gpu.jobs import ROOT, Flight, Job, Outcome, python
+from fastmono.engines.switches import SAFER
 
 GROUPS = {
     "features": r"test_features_are",
@@ -40,26 +43,19 @@ GROUPS = {
     "stopped and continued": r"test_a_run_stopped",
 }
 """Tests of tests/test_gpu.py by name of group: a regular expression on their ids. Each test is in one group."""
-ONE_WARP_GROUP = {"num_warps": 4, "forward_warps": 4, "backward_warps": 4, "narrow_warps": 4}
-NOT_CARRIED = {"forward_carried": False, "backward_carried": False, "project_across": False}
 Suspects = dict[str, tuple[dict[str, object], dict[str, str]]]
 SUSPECTS: Suspects = {  # switches of the engine, and variables of the process
     "nothing changed": ({}, {}),  # what passes now changes from run to run
     "launches block": ({}, {"CUDA_LAUNCH_BLOCKING": "1"}),
-    "copy engine off": ({"bulk": False}, {}),
     "graphs off": ({"graphs": False}, {}),
     "streamed": ({"regime": "streamed"}, {}),
     "resident": ({"regime": "resident"}, {}),
-    # Without the copy engine, forward of two warp groups has a write that no barrier guards (Triton 3.6 needs one).
-    "copy engine off, one warp group": ({"bulk": False, "launch": ONE_WARP_GROUP}, {}),
-    "one warp group": ({"launch": ONE_WARP_GROUP}, {}),
-    "forms of other chips": ({"launch": NOT_CARRIED}, {}),
-    "narrow layers by the streamed kernels": ({"launch": {"fused": False}}, {}),
+    **{name: (switches, {}) for name, switches in SAFER.items()},
 }
 WORKERS, AT_ONCE = 14, 6
 COMPILE_SECONDS, GROUP_SECONDS, AGAIN_SECONDS, RATES_SECONDS, FLOORS_SECONDS = 100.0, 60.0, 25.0, 60.0, 35.0
 """Limits. The floors are measured before the suspects are tried, in time that the tests may not take."""
-SILENT_SECONDS, APART_SECONDS, DEVICE_SECONDS = 30.0, 20.0, 45.0
+SILENT_SECONDS, APART_SECONDS, DEVICE_SECONDS, SELF_CHECK_SECONDS = 30.0, 20.0, 45.0, 45.0
 """How long a group may report nothing: a kernel that does not end takes no more of the call."""
 MEMCHECK_SECONDS, REPORT_SECONDS, MOST_AGAIN = 60.0, 3.0, 2
 """Most tests of a group that are run again: a switch asks for kernels that are not compiled yet."""
@@ -147,6 +143,12 @@ def compiling_command(call: int, worker: int) -> list[str]:
     return python("benchmarks.gpu.compiling", "--call", str(call), "--worker", str(worker), "--workers", str(WORKERS))
 
 
+def checked(flight: Flight) -> Job:
+    """A run of one step, as a user begins it: the self-check of the paper's grid, with what it falls back to."""
+    more = ["--steps", "1", "--self-check", "always", "--no-plots", "--out", str(Path(flight.folder.name) / "checked")]
+    return Job("self-check", [sys.executable, str(ROOT / "scripts" / "grid.py"), *more], SELF_CHECK_SECONDS)
+
+
 def fly(flight: Flight, tests: Path, groups: dict[str, str], ptxas: str) -> None:
     """The whole call. In a rehearsal nothing is compiled, and two suspects are enough."""
     rehearse, at_once = flight.rehearse, min(AT_ONCE, os.cpu_count() or 1)
@@ -175,6 +177,8 @@ def fly(flight: Flight, tests: Path, groups: dict[str, str], ptxas: str) -> None
 
     flight.run("apart", [Job("apart", python("benchmarks.gpu.apart", *small, *own), APART_SECONDS)])
     measured = flight.run("floors", [Job("floors", python("benchmarks.gpu.floors", *small, *own), FLOORS_SECONDS)])
+    if not rehearse:
+        flight.run("self-check", [checked(flight)], reserve=REPORT_SECONDS)
     chosen = suspects(ptxas)
     if rehearse:
         chosen = {name: chosen[name] for name in ("nothing changed", "copy engine off")}

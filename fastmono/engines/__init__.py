@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class Engine(Protocol):
     name: str
     precision: str
 
-    def __init__(self, precision: str) -> None: ...
+    def __init__(self, precision: str, **switches: Any) -> None: ...
 
     def advance(self, block: Block, n_steps: int) -> Tensor:
         """Train every model of the block for n steps, in place, and return the losses, float32 [A, n].

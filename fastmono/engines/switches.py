@@ -22,6 +22,17 @@ from fastmono.engines.launch import Launch
 REGIMES = ("auto", "resident", "streamed")
 FIXED = ("regime", "M", "linear", "decay")
 """Fields of `Launch` that follow from the model, or have a switch of their own."""
+ONE_WARP_GROUP: dict[str, Any] = {"num_warps": 4, "forward_warps": 4, "backward_warps": 4, "narrow_warps": 4}
+NOT_CARRIED: dict[str, Any] = {"forward_carried": False, "backward_carried": False, "project_across": False}
+SAFER: dict[str, dict[str, Any]] = {
+    "copy engine off": {"bulk": False},
+    "one warp group": {"launch": ONE_WARP_GROUP},
+    # Without the copy engine, forward of two warp groups has a write that no barrier guards (Triton 3.6 needs one).
+    "copy engine off, one warp group": {"bulk": False, "launch": ONE_WARP_GROUP},
+    "forms of other chips": {"launch": NOT_CARRIED},
+    "narrow layers by the streamed kernels": {"launch": {"fused": False}},
+}
+"""Switches that each leave out what compilers are known to get wrong, by name, those that cost least first."""
 WARPS = (1, 2, 4, 8, 16)
 MOST_STAGES, LARGEST_TILE, LEAST_ROWS = 8, 1024, 32
 
@@ -60,6 +71,11 @@ class Switches:
         if not isinstance(fields, Mapping):
             raise ValueError(f"launch={launch!r}: must be an object of fields and values")
         return cls(regime, bulk, graphs, tuple(sorted(fields.items())))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Switches:
+        """From what `to_dict` gives, or a part of it."""
+        return cls.of(**{"regime": "auto", "bulk": True, "graphs": True, "launch": None, **fields})
 
     def apply(self, launch: Launch) -> Launch:
         """The settings chosen for a model, with those that are replaced."""
