@@ -90,8 +90,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         except ImportError:  # PackageNotFoundError is one
             continue
     if "triton" in versions:
-        major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-        versions |= compiler_versions(10 * major + minor)
+        versions |= compiler_versions()
     about: dict[str, Any] = {
         "name": device_name(device),
         "type": device.type,

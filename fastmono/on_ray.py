@@ -45,6 +45,11 @@ class Cluster:
         """How many CPUs or GPUs it has now."""
         return int(self.ray.cluster_resources().get(resource, 0))
 
+    @property
+    def trains_on_gpus(self) -> bool:
+        """Whether it has GPUs, whatever this machine has."""
+        return not self.local and self.room("GPU") > 0
+
     def on_gpu(self, function: Any, *arguments: Any) -> Any:
         """Have a function called on a machine that has a GPU, and wait for what it returns."""
         return self.ray.get(self.ray.remote(max_retries=0, num_gpus=1, num_cpus=0)(function).remote(*arguments))

@@ -331,9 +331,11 @@ def _fits(specs: Sequence[ModelSpec], options: Options, budget: int | None, mach
         return False
     if options.engine != "triton" or machine.device_memory is None:
         return True
+    from fastmono.engines.switches import Switches
     from fastmono.engines.triton import TritonEngine
 
-    needed = TritonEngine.device_bytes(specs, options.precision, machine.architecture)
+    switches = Switches.from_dict(options.switches)
+    needed = TritonEngine.device_bytes(specs, options.precision, machine.architecture, switches)
     return needed <= MEMORY_SHARE * machine.device_memory
 
 

@@ -170,8 +170,7 @@ def _checked(
 
     Raises `ValueError` where it failed with all settings, and no other engine may train instead.
     """
-    elsewhere = cluster is not None and not cluster.local and cluster.room("GPU") > 0
-    if elsewhere and cluster is not None:
+    if cluster is not None and cluster.trains_on_gpus:
         outcome: Outcome = cluster.on_gpu(check, list(grid), options.precision, mode)
     else:
         outcome = check(grid.specs, options.precision, mode, console.print if console else lambda text: None)
@@ -248,7 +247,7 @@ def _options(
     directory = RunDirectory(out)
     if directory.path.exists() and not directory.path.is_dir():
         raise ValueError(f"out={out!r}: is a file, and must be a directory")
-    gpus = cluster is not None and not cluster.local and cluster.room("GPU") > 0
+    gpus = cluster is not None and cluster.trains_on_gpus
     engine_name, precision_name, reason = resolve(engine, precision, gpus)
     path = directory.path / "grid.json"
     if not path.exists():

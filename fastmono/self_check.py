@@ -15,12 +15,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastmono.files import write_bytes
 from fastmono.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from fastmono.engines.self_check import Problem
 
 MODES = ("once", "always", "never")
 AS_CHOSEN = "settings of this device"
@@ -128,7 +131,7 @@ def check(
     key = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter",
         "architecture": architecture, "driver": driver_version(), "torch": torch.__version__,
-        **compiler_versions(architecture or 90), "kernels": kernels_digest(), "precision": precision,
+        **compiler_versions(), "kernels": kernels_digest(), "precision": precision,
         "problems": sorted(map(repr, own)),
     }  # fmt: skip
     path = memory_of(key)
@@ -136,14 +139,16 @@ def check(
         return before
     kinds = f"{len(own)} kind{'s' * (len(own) != 1)} of models"
     say(f"self-check: compiles the kernels of {kinds} in {precision}, and compares their first steps with float64")
-    started, failed, tried = time.monotonic(), dict[str, str](), list[list[str]]()
+    started, failed = time.monotonic(), dict[str, str]()
+    tried: list[set[Problem]] = []
+    kinds_of_models = list(own.values())  # models with equal settings have equal ones whatever is switched
     for name, arguments in {AS_CHOSEN: {}, **SAFER}.items():
         switches = Switches.from_dict(arguments)
-        found = engine_check.problems(specs, precision, architecture, switches)
-        if sorted(map(repr, found)) in tried:
+        found = set(engine_check.problems(kinds_of_models, precision, architecture, switches))
+        if found in tried:
             continue  # nothing that these models use is changed
-        tried.append(sorted(map(repr, found)))
-        verdict = engine_check.attempt(list(found.values()), precision, switches)
+        tried.append(found)
+        verdict = engine_check.attempt(kinds_of_models, precision, switches)
         if verdict.unable:
             return Outcome("not checked", why=verdict.unable, failed=failed)
         if not verdict.wrong:

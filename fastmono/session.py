@@ -319,8 +319,7 @@ def about_this_process(engine: str) -> dict[str, Any]:
     if engine == "triton":
         from fastmono.engines.assembler import compiler_versions
 
-        major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
-        compilers = compiler_versions(10 * major + minor)
+        compilers = compiler_versions()
     return {
         "versions": {
             "fastmono": __version__,

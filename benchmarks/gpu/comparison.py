@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.jobs import ROOT, Flight, Job, python
+from benchmarks.gpu.jobs import DEVICE_SECONDS, ROOT, Flight, Job, python
 from benchmarks.gpu.partners import Gone, Player, save
 from benchmarks.gpu.planted import FAULTS, PLANTED
 from benchmarks.measure import most_telling
@@ -36,7 +36,6 @@ length would have to be compiled again by some), and of how many at most."""
 PREPARE_SECONDS, REHEARSED_SECONDS, TURN_LIMIT, MAIN_JOB_SECONDS, RESERVE = 105.0, 75.0, 15.0, 45.0, 3.0
 """Limits: until all have compiled and passed the gate, since the beginning, and in a rehearsal; of a turn, of the main
 job; for the page."""
-DEVICE_SECONDS = 45.0
 GATE_STREAMS, GATE_STEPS = 4, 16
 PROFILE_SECONDS = 20.0
 """How much longer than its turns the profiles of a state may take, all together."""

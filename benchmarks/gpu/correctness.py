@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.gpu.jobs import ROOT, Flight, Job, Outcome, python
+from benchmarks.gpu.jobs import DEVICE_SECONDS, ROOT, Flight, Job, Outcome, python
 from fastmono.engines.switches import SAFER
 
 GROUPS = {
@@ -55,7 +55,7 @@ SUSPECTS: Suspects = {  # switches of the engine, and variables of the process
 WORKERS, AT_ONCE = 14, 6
 COMPILE_SECONDS, GROUP_SECONDS, AGAIN_SECONDS, RATES_SECONDS, FLOORS_SECONDS = 100.0, 60.0, 25.0, 60.0, 35.0
 """Limits. The floors are measured before the suspects are tried, in time that the tests may not take."""
-SILENT_SECONDS, APART_SECONDS, DEVICE_SECONDS, SELF_CHECK_SECONDS = 30.0, 20.0, 45.0, 45.0
+SILENT_SECONDS, APART_SECONDS, SELF_CHECK_SECONDS = 30.0, 20.0, 45.0
 """How long a group may report nothing: a kernel that does not end takes no more of the call."""
 MEMCHECK_SECONDS, REPORT_SECONDS, MOST_AGAIN = 60.0, 3.0, 2
 """Most tests of a group that are run again: a switch asks for kernels that are not compiled yet."""

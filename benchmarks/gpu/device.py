@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import torch
 
 from benchmarks.gpu.jobs import report
 from benchmarks.machine import Machine, describe
+from fastmono.engines.assembler import assembler_version
 
 
 def ptxas_versions() -> dict[str, str]:
@@ -27,9 +27,7 @@ def ptxas_versions() -> dict[str, str]:
     paths += [Path(other)] if (other := os.environ.get("TRITON_PTXAS_PATH")) else []
     found = {}
     for path in paths:
-        said = subprocess.run([str(path), "--version"], capture_output=True, text=True).stdout
-        version = re.search(r", V(\d\S*)", said)
-        found[path.name if path.parent.name == "bin" else str(path)] = version[1] if version else "unknown"
+        found[path.name if path.parent.name == "bin" else str(path)] = assembler_version(str(path))
     return found
 
 

@@ -31,6 +31,8 @@ TAIL = 1500
 HEAD_BYTES, LOG_BYTES, MOST_LOG_BYTES = 20_000, 80_000, 12 * 2**20
 """Of each child's output, its first and last characters are kept (compilers say what is wrong first, or last), and of
 all of it so much."""
+DEVICE_SECONDS = 45.0
+"""How long a call may take to find out what the machine is: the first import of PyTorch there, from a cold disk."""
 PAGE_SECONDS = 2.0
 """Between two renewals of the page."""
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.comparison import (
-    DEVICE_SECONDS,
     RESERVE,
     TURN_LIMIT,
     Entrant,
@@ -25,7 +24,7 @@ from benchmarks.gpu.comparison import (
     rounds,
     write_states,
 )
-from benchmarks.gpu.jobs import Flight, Job, python
+from benchmarks.gpu.jobs import DEVICE_SECONDS, Flight, Job, python
 from benchmarks.gpu.partners import Gone, read
 from benchmarks.gpu.planted import FAULTS, PLANTED
 from benchmarks.suites import EIGHT_LEARNING_RATES, TINY, pair

@@ -6,6 +6,8 @@ import functools
 import re
 import subprocess
 
+import torch
+
 
 def assembler(architecture: int) -> str:
     """The path of the ptxas that Triton uses for an architecture (90 for sm_90): its own, or the one that
@@ -26,14 +28,16 @@ def assembler_version(path: str) -> str:
     return version[1] if version else "unknown"
 
 
-def compiler_versions(architecture: int) -> dict[str, str]:
-    """Versions of Triton and of its ptxas, for a run's records; empty where there is no Triton."""
+def compiler_versions() -> dict[str, str]:
+    """Versions of Triton and of the ptxas that it uses for the device here (for sm_90 where there is none), for a run's
+    records; empty where there is no Triton."""
     try:
         import triton
     except ImportError:
         return {}
     found = {"triton": triton.__version__}
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     try:
-        return found | {"ptxas": assembler_version(assembler(architecture))}
+        return found | {"ptxas": assembler_version(assembler(10 * major + minor))}
     except Exception:  # a build of Triton without that backend, or another name for it
         return found
